@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Final
 from amulet_gguf.context import Context
 from amulet_gguf.engine import Engine
 from amulet_gguf.errors import SettingError
-from amulet_gguf.generation import FinishReason, Generation, Piece, Request
+from amulet_gguf.generation import FinishReason, Generation, Piece
 from amulet_gguf.llama import Model
 from amulet_gguf.models import find_model
-from amulet_gguf.preferences import realign
-from amulet_gguf.prompting import ChatTemplate, Message, conversation, with_preference
-from amulet_gguf.sampling import Sampler
+from amulet_gguf.planning import Planner
+from amulet_gguf.prompting import Message
 from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
@@ -114,6 +113,30 @@ class Stream(Iterator[Piece]):
         )  # a generator that was never started does not run its `finally`
 
     @property
+    def is_finished(self) -> bool:
+        """Nothing more will be written; the last pieces may not have been taken yet."""
+        return self._generation.is_finished
+
+    def answer(self, taken: Sequence[Piece] = ()) -> Answer:
+        """Take the pieces that are left, and return the whole answer.
+
+        Args:
+            taken: those taken before.
+
+        Raises:
+            AmuletError: the generation failed.
+        """
+        pieces = [*taken, *self]
+        reason = pieces[-1].finish_reason if pieces else None
+        return Answer(
+            text="".join(piece.text for piece in pieces),
+            finish_reason=reason or "cancelled",
+            usage=self.usage,
+            timings=self.timings,
+            pieces=pieces,
+        )
+
+    @property
     def usage(self) -> Usage:
         generation = self._generation
         return Usage(generation.n_prompt, generation.n_read, generation.n_tokens)
@@ -128,6 +151,12 @@ class Stream(Iterator[Piece]):
         return Timings(started - generation.submitted_at, first - started, decode, rate)
 
 
+def check_n_ctx(n_ctx: int | None) -> None:
+    """Raise SettingError unless n_ctx is None or a size that a context can have."""
+    if n_ctx is not None and not 1 <= n_ctx <= 2**24:
+        raise SettingError(f"n_ctx must be from 1 to {2**24}, got {n_ctx}")
+
+
 class Amulet:
     """A loaded model that answers, realigned to preferences. Make one with `Amulet.load`.
 
@@ -137,7 +166,7 @@ class Amulet:
     def __init__(self, model: Model, engine: Engine) -> None:
         self.model = model
         self.engine = engine
-        self._template = ChatTemplate(model)
+        self._planner = Planner(model)
 
     @classmethod
     def load(
@@ -168,29 +197,40 @@ class Amulet:
             SettingError: a number out of range.
             EngineError: not enough memory.
         """
-        if n_ctx is not None and not 1 <= n_ctx <= 2**24:
-            raise SettingError(f"n_ctx must be from 1 to {2**24}, got {n_ctx}")
+        check_n_ctx(n_ctx)
         model = Model(find_model(path), n_gpu_layers=n_gpu_layers, progress=progress)
         try:
-            size = n_ctx or min(DEFAULT_N_CTX, model.n_ctx_train or DEFAULT_N_CTX)
-
-            def make_context(n_sequences: int) -> Context:
-                return Context(
-                    model,
-                    n_ctx=size,
-                    n_sequences=n_sequences,
-                    n_batch=n_batch,
-                    n_threads=n_threads,
-                )
-
-            engine = Engine(model, make_context, n_sequences)
-            try:
-                return cls(model, engine)
-            except BaseException:
-                engine.close()
-                raise
+            return cls.of(
+                model, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, n_sequences=n_sequences
+            )
         except BaseException:
             model.close()
+            raise
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_batch: int | None = None,
+        n_sequences: int = 2,
+    ) -> Amulet:
+        """Run a model that is loaded; arguments and errors as `load`."""
+        check_n_ctx(n_ctx)
+        size = n_ctx or min(DEFAULT_N_CTX, model.n_ctx_train or DEFAULT_N_CTX)
+
+        def make_context(n_sequences: int) -> Context:
+            return Context(
+                model, n_ctx=size, n_sequences=n_sequences, n_batch=n_batch, n_threads=n_threads
+            )
+
+        engine = Engine(model, make_context, n_sequences)
+        try:
+            return cls(model, engine)
+        except BaseException:
+            engine.close()
             raise
 
     def __enter__(self) -> Amulet:
@@ -229,7 +269,7 @@ class Amulet:
             EngineError: from the iterator, if llama.cpp fails.
         """
         settings = dataclasses.replace(settings or Settings(), **options)  # type: ignore[arg-type]
-        request = self._request(prompt, messages, settings)
+        request = self._planner.request(prompt, messages, settings)
         return Stream(self.engine, self.engine.submit(request), on_prefill)
 
     def generate(
@@ -242,7 +282,7 @@ class Amulet:
     ) -> Answer:
         """Answer a prompt; arguments and errors as `stream`."""
         with self.stream(prompt, messages=messages, settings=settings, **options) as stream:
-            return _answer(stream, list(stream))
+            return stream.answer()
 
     def compare(
         self,
@@ -259,7 +299,7 @@ class Amulet:
         Raises:
             As `stream`.
         """
-        requests = {name: self._request(prompt, None, each) for name, each in settings.items()}
+        requests = {name: self._planner.request(prompt, None, each) for name, each in settings.items()}
         self.engine.reserve(sum(len(request.branches) for request in requests.values()))
         streams: dict[str, Stream] = {}
         pieces: dict[str, list[Piece]] = {name: [] for name in requests}
@@ -279,44 +319,4 @@ class Amulet:
         finally:
             for stream in streams.values():
                 stream.close()
-        return {name: _answer(streams[name], pieces[name]) for name in settings}
-
-    def _request(
-        self, prompt: str | None, messages: Sequence[Message] | None, settings: Settings
-    ) -> Request:
-        weights = [preference.weight for preference in settings.prefer]
-        plan = realign(weights, settings.strength, settings.plausibility)
-        texts = [None, *(preference.text for preference in settings.prefer)]
-        placement = settings.placement if settings.prefer else "turn"
-        checked = conversation(prompt, messages, settings.system)
-        return Request(
-            branches=[
-                self._template.encode(with_preference(checked, texts[branch], placement))
-                for branch in plan.branches
-            ],
-            coefficients=plan.coefficients,
-            reference=plan.reference,
-            plausibility=plan.plausibility,
-            sampler=Sampler(
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                repeat_penalty=settings.repeat_penalty,
-                repeat_last_n=settings.repeat_last_n,
-                seed=settings.seed,
-            ),
-            max_tokens=settings.max_tokens,
-            stop=settings.stop,
-        )
-
-
-def _answer(stream: Stream, pieces: list[Piece]) -> Answer:
-    reason = pieces[-1].finish_reason if pieces else None
-    return Answer(
-        text="".join(piece.text for piece in pieces),
-        finish_reason=reason or "cancelled",
-        usage=stream.usage,
-        timings=stream.timings,
-        pieces=pieces,
-    )
+        return {name: streams[name].answer(pieces[name]) for name in settings}

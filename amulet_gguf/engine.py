@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError
+from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError, QueueFullError
 from amulet_gguf.generation import Context, Generation, Piece, Request, Vocabulary
 from amulet_gguf.realign import Float32Array
 
@@ -24,7 +24,11 @@ class Engine:
     """Runs generations on one context. All methods may be called from any thread."""
 
     def __init__(
-        self, vocabulary: Vocabulary, make_context: Callable[[int], Context], n_sequences: int = 2
+        self,
+        vocabulary: Vocabulary,
+        make_context: Callable[[int], Context],
+        n_sequences: int = 2,
+        max_waiting: int = 1024,
     ) -> None:
         """Make the first context.
 
@@ -33,10 +37,12 @@ class Engine:
             make_context: makes a context for a number of sequences. It is called again, when no
                 generation is live, for one that needs more sequences than there are.
             n_sequences: sequences to begin with.
+            max_waiting: generations that may be queued, those with sequences not counted.
         """
         self._vocabulary = vocabulary
         self._make_context = make_context
         self._context = make_context(n_sequences)
+        self._max_waiting = max_waiting
         self._row = np.empty(vocabulary.n_vocab, np.float32)
         self._waiting: deque[Generation] = deque()
         self._live: list[Generation] = []  # in the order of their sequences
@@ -90,12 +96,15 @@ class Engine:
 
         Raises:
             PromptTooLongError: its prompt and one token do not fit into the context.
+            QueueFullError: too many are waiting.
         """
         generation = Generation(request)
         with self._lock:
             self._check_open()
             if generation.n_prompt + 1 > self.n_ctx:
                 raise PromptTooLongError(generation.n_prompt, self.n_ctx)
+            if len(self._waiting) >= self._max_waiting:
+                raise QueueFullError(self._max_waiting)
             self._waiting.append(generation)
         return generation
 
@@ -184,10 +193,15 @@ class Engine:
         """Fill the batch; return the generations that will have logits, in the order of rows."""
         for generation in self._live:
             generation.split(self._context)
-        # Those who write come first, so that nobody's answer waits for another's prompt.
-        budget = self._context.room
-        plans: dict[Generation, list[int]] = {}
-        for generation in sorted(self._live, key=lambda g: g.n_tokens == 0):
+        # Those who write come first, then prompts in the order of their coming. While anyone writes,
+        # prompts get half a batch: a step that is all prompt would hold every answer up for its time.
+        writing = [generation for generation in self._live if generation.n_tokens > 0]
+        reading = [generation for generation in self._live if generation.n_tokens == 0]
+        plans = {generation: generation.plan(self._context.room) for generation in writing}
+        budget = self._context.room - sum(map(sum, plans.values()))
+        if writing:
+            budget = min(budget, max(1, self._context.room // 2))
+        for generation in sorted(reading, key=lambda g: g.submitted_at):
             plans[generation] = generation.plan(budget)
             budget -= sum(plans[generation])
         return [g for g in self._live if g.add_rows(self._context, plans[g])]
@@ -239,19 +253,26 @@ class Engine:
         return None
 
     def _pack(self) -> None:
-        """Move all generations to the lowest sequences, leaving no gap between them.
+        """Move generations to the lowest sequences, leaving no gap between them.
 
         Rows of neighbouring sequences share one pass over the weights. A gap between them makes every
-        step twice as long; a move costs one copy of a cache.
+        step twice as long; a move costs one copy of a cache. So the last generation goes into a gap
+        that it fits exactly, and only where there is none do all behind the gap move.
         """
         start = 0
-        for generation in self._live:
-            for offset, source in enumerate(generation.sequences):
-                if source != start + offset:
+        packed: list[Generation] = []
+        rest = deque(self._live)
+        while rest:
+            gap = rest[0].first_sequence - start
+            generation = rest.pop() if gap == rest[-1].n_branches else rest.popleft()
+            if generation.first_sequence != start:
+                for offset, source in enumerate(generation.sequences):
                     self._context.copy(source, start + offset)
                     self._context.free(source)
-            generation.first_sequence = start
+                generation.first_sequence = start
+            packed.append(generation)
             start += generation.n_branches
+        self._live = packed
 
     def _release(self) -> None:
         """Free the sequences of generations that have ended."""

@@ -7,9 +7,11 @@
     │   └── ModelFormatError    not a GGUF file, a damaged one, or one that cannot write text
     ├── PromptError             empty, or refused by the model's chat template
     │   └── PromptTooLongError  more tokens than the context holds
-    └── EngineError             the runtime could not go on
-        ├── NonFiniteLogitsError
-        └── ClosedError
+    ├── EngineError             the runtime could not go on
+    │   ├── NonFiniteLogitsError
+    │   ├── QueueFullError      too many generations wait; those that run are not disturbed
+    │   └── ClosedError
+    └── BatchError              the input or output of a batch cannot be used
 
 Each message is one line that says what is wrong and what to do about it.
 """
@@ -66,5 +68,21 @@ class NonFiniteLogitsError(EngineError):
     """The model produced NaN or infinite logits, so no token can be chosen honestly."""
 
 
+class QueueFullError(EngineError):
+    """The engine's queue is full: try again when generations have ended.
+
+    Attributes:
+        max_waiting: generations that the queue holds.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        super().__init__(f"{max_waiting} generations are waiting already: try again later")
+        self.max_waiting = max_waiting
+
+
 class ClosedError(EngineError):
     """The model, context or engine was closed before this call."""
+
+
+class BatchError(AmuletError):
+    """The input of a batch cannot be read, or its output belongs to something else."""

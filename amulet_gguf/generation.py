@@ -11,6 +11,7 @@ from typing import Final, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from amulet_gguf.adaptive import Adapt, adapted, withhold
 from amulet_gguf.realign import Float32Array, combine_unchecked, log_plausibility
 from amulet_gguf.sampling import Sampler
 from amulet_gguf.text import TextAssembler
@@ -88,6 +89,8 @@ class Request:
     sampler: Sampler
     max_tokens: int
     stop: Sequence[str] = ()
+    adapt: Adapt = "none"
+    withheld: Tokens | None = None
 
 
 class Generation:
@@ -188,7 +191,12 @@ class Generation:
             logits: (B, V) of the branches.
             row: (V,) work space.
         """
-        prompted = combine_unchecked(logits, self._coefficients, self._margin, self._reference, row)
+        coefficients, reference = self._coefficients, self._reference
+        if self._request.adapt != "none":
+            coefficients = adapted(logits, coefficients, reference, self._request.adapt)
+        prompted = combine_unchecked(logits, coefficients, self._margin, reference, row)
+        if self._request.withheld is not None:
+            withhold(logits, coefficients, reference, self._request.withheld, row)
         token = self._request.sampler.sample(row)
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()

@@ -83,7 +83,7 @@ def penalize(logits: Float32Array, tokens: npt.NDArray[np.int64], penalty: float
 
 
 @kernel(fastmath={"reassoc", "contract", "nsz"})
-def _exp(values: Float32Array, peak: np.float32, scale: float, out: Float32Array) -> float:
+def exp_below(values: Float32Array, peak: np.float32, scale: float, out: Float32Array) -> float:
     """out = exp((values - peak) * scale) for values <= peak; return its sum in float64.
 
     LLVM has no vector exp, so: 2^y = 2^n 2^f with n the nearest integer, 2^f by its Taylor series
@@ -143,7 +143,7 @@ def _draw(
     total = 0.0
     if top_p < 1.0 and top_k == 0:
         for start in range(0, n_vocab, _BLOCK):
-            total += _exp(logits[start : start + _BLOCK], peak, 1.0, weights)
+            total += exp_below(logits[start : start + _BLOCK], peak, 1.0, weights)
     sorting = top_k > 0 or top_p < 1.0
     window = _FIRST_WINDOW if sorting else -log_min_p
     while True:
@@ -185,14 +185,14 @@ def _draw(
     kept = logits[candidates[:n]]
     sums = np.empty((n + _BLOCK - 1) // _BLOCK, np.float64)
     for i in range(sums.size):
-        sums[i] = _exp(kept[i * _BLOCK : (i + 1) * _BLOCK], peak, scale, weights)
+        sums[i] = exp_below(kept[i * _BLOCK : (i + 1) * _BLOCK], peak, scale, weights)
     target = uniform * sums.sum()
     i = 0
     while i < sums.size - 1 and target >= sums[i]:
         target -= sums[i]
         i += 1
     block = kept[i * _BLOCK : (i + 1) * _BLOCK]
-    _exp(block, peak, scale, weights)
+    exp_below(block, peak, scale, weights)
     chosen = 0
     for v in range(block.size):
         if weights[v] > 0:

@@ -13,6 +13,7 @@ from amulet_gguf.preferences import Preference, PreferencesLike, as_preferences
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+Adapt = Literal["none", "divergence", "entropy"]
 Placement = Literal["turn", "system"]
 
 #: The reference implementation's system prompt. It ends in the space that separates the preference.
@@ -45,6 +46,8 @@ class Options(TypedDict, total=False):
     prefer: PreferencesLike
     strength: float
     plausibility: float
+    adapt: Adapt
+    withhold_echo: bool
     placement: Placement
     system: str | None
     max_tokens: int
@@ -83,6 +86,8 @@ class Settings:
     prefer: tuple[Preference, ...] = ()
     strength: float = 5.65
     plausibility: float = 0.1
+    adapt: Adapt = "none"
+    withhold_echo: bool = False
     placement: Placement = "turn"
     system: str | None = None
     max_tokens: int = 512

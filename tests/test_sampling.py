@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from literal import log_softmax
 
-from amulet_gguf.sampling import Sampler, _exp, penalize
+from amulet_gguf.sampling import Sampler, exp_below, penalize
 
 Row = npt.NDArray[np.float32]
 
@@ -384,7 +384,7 @@ def test_the_exponential_is_as_accurate_as_it_says(log_scale: float, peak: float
     values = (np.float32(peak) - below).astype(np.float32)
     values = np.append(values[values <= np.float32(peak)], np.float32([-INF, peak]))
     out = np.full_like(values, np.nan)
-    total = _exp(values, np.float32(peak), scale, out)
+    total = exp_below(values, np.float32(peak), scale, out)
     exact = np.exp((values.astype(np.float64) - float(np.float32(peak))) * scale)
     normal = exact > 2.0**-126 * (1 + 1e-4)
     assert (np.abs(out[normal] / exact[normal] - 1) < 2e-5).all()

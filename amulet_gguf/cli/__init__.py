@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from amulet_gguf.cli.batch import batch
 from amulet_gguf.cli.bench import bench
 from amulet_gguf.cli.compare import compare
 from amulet_gguf.cli.generate import generate
@@ -43,4 +44,5 @@ def main() -> None:
 
 main.add_command(generate)
 main.add_command(compare)
+main.add_command(batch)
 main.add_command(bench)

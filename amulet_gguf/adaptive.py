@@ -1,0 +1,124 @@
+"""A strength that adapts per token, and words that are not amplified.
+
+Both remedies act between the branches' logits and their combination. They matter only where a
+combination extrapolates; interpolations are left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from amulet_gguf._kernel import kernel
+from amulet_gguf.realign import Float32Array, Float64Array, argmax
+from amulet_gguf.sampling import exp_below
+
+#: How the strength follows the distributions of each token.
+Adapt = Literal["none", "divergence", "entropy"]
+
+_BLOCK: Final = 1024
+_NEGLIGIBLE: Final = 1e-9  # probability below which a token's share of a divergence is left out
+
+
+def adapted(
+    logits: Float32Array, coefficients: Float64Array, reference: Float64Array, adapt: Adapt
+) -> Float64Array:
+    """Return (B,) coefficients between ordinary prompting's and the full ones, for this token.
+
+    The way from strength 1 to the full strength is gone by a share from 0 to 1:
+
+    - "divergence": the Jensen-Shannon divergence, in bits, of base and reference distribution, as in
+      AdaCAD (Wang et al. 2024, arXiv 2409.07394). Where the preference says nothing about a token,
+      nothing is amplified.
+    - "entropy": 1 - 1 / perplexity of the reference distribution. A token that prompting is certain
+      of (the rest of a word, an idiom) is left to it.
+
+    Args:
+        logits: (B, V) float32, finite; row 0 is the base.
+        coefficients, reference: (B,), see `amulet_gguf.realign.combine`.
+    """
+    if adapt == "none":
+        return coefficients
+    reference_row = _mixed(logits, reference)
+    if adapt == "entropy":
+        share = 1.0 - np.exp(-_entropy(reference_row))
+    else:
+        share = _divergence(logits[0], reference_row)
+    return np.asarray(reference + share * (coefficients - reference))
+
+
+def withhold(
+    logits: Float32Array,
+    coefficients: Float64Array,
+    reference: Float64Array,
+    tokens: npt.NDArray[np.int32],
+    out: Float32Array,
+) -> None:
+    """Take from `tokens` what the combination `out` gives them beyond ordinary prompting.
+
+    In log-probabilities a token's gain is `x - p`. Logits carry their rows' constants, so these are
+    computed first.
+
+    Args:
+        logits: (B, V) float32, finite.
+        coefficients, reference: (B,).
+        tokens: (n,) distinct.
+        out: (V,) float32, the combination; changed in place.
+    """
+    constants = np.array([_log_sum(row) for row in logits])
+    shift = float((coefficients - reference) @ constants)
+    plain = reference @ logits[:, tokens].astype(np.float64) + shift
+    out[tokens] = np.minimum(out[tokens], plain.astype(np.float32))
+
+
+def _mixed(logits: Float32Array, weights: Float64Array) -> Float32Array:
+    (used,) = np.nonzero(weights)
+    if len(used) == 1:
+        row: Float32Array = logits[used[0]]
+        return row
+    return np.asarray(weights @ logits, np.float32)
+
+
+@kernel()
+def _log_sum(logits: Float32Array) -> float:
+    """Return log sum exp of (V,) logits."""
+    weights = np.empty(_BLOCK, np.float32)
+    peak = logits[argmax(logits)]
+    total = 0.0
+    for start in range(0, logits.size, _BLOCK):
+        total += exp_below(logits[start : start + _BLOCK], peak, 1.0, weights)
+    return float(peak + np.log(total))
+
+
+@kernel()
+def _entropy(logits: Float32Array) -> float:
+    """Return the entropy of (V,) logits, in nats."""
+    weights = np.empty(_BLOCK, np.float32)
+    peak = logits[argmax(logits)]
+    total = 0.0
+    moment = 0.0
+    for start in range(0, logits.size, _BLOCK):
+        block = logits[start : start + _BLOCK]
+        total += exp_below(block, peak, 1.0, weights)
+        for v in range(block.size):
+            moment += weights[v] * (block[v] - peak)
+    return float(max(0.0, np.log(total) - moment / total))
+
+
+@kernel()
+def _divergence(first: Float32Array, second: Float32Array) -> float:
+    """Return the Jensen-Shannon divergence of two rows of (V,) logits, in bits: 0 to 1."""
+    log_first = _log_sum(first)
+    log_second = _log_sum(second)
+    total = 0.0
+    floor = np.log(_NEGLIGIBLE)
+    for v in range(first.size):
+        p = first[v] - log_first
+        q = second[v] - log_second
+        if p > floor or q > floor:
+            a, b = np.exp(p), np.exp(q)
+            log_mean = np.log(0.5 * (a + b))
+            total += 0.5 * (a * (p - log_mean) + b * (q - log_mean))
+    return float(min(1.0, max(0.0, total / np.log(2.0))))

@@ -1,0 +1,243 @@
+"""`amulet batch`: a file of prompts, answered several at a time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from amulet_gguf.cli.options import (
+    model_options,
+    preference_options,
+    sampling_options,
+    settings_from,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from amulet_gguf.amulet import Amulet
+    from amulet_gguf.batch import Plan
+    from amulet_gguf.journal import Journal
+    from amulet_gguf.llama import Model
+    from amulet_gguf.records import Record
+
+
+_MAX_FAILURES = 5  # that are told one by one; all are in the output
+
+
+def _parallel(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    """Return the number that --parallel gives, None for auto."""
+    return None if value == "auto" else int(click.IntRange(1, 256).convert(value, param, ctx))
+
+
+@click.command()
+@click.argument("input", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="JSONL file of the results. If it is there already, what it lacks is added.",
+)
+@click.option(
+    "--parallel",
+    callback=_parallel,
+    metavar="auto|N",
+    default="auto",
+    show_default=True,
+    help="Answers written at once: N, or as many as pay and fit into memory.",
+)
+@click.option(
+    "--order",
+    type=click.Choice(["input", "finished"]),
+    default="input",
+    show_default=True,
+    help="Order of the finished file. While it grows, results stand as they were finished.",
+)
+@click.option("--dry-run", is_flag=True, help="Show counts and memory, and answer nothing.")
+@preference_options
+@sampling_options
+@model_options
+def batch(
+    input: str,
+    output: Path,
+    parallel: int | None,
+    order: str,
+    dry_run: bool,
+    model: str | None,
+    n_ctx: int | None,
+    n_gpu_layers: int | None,
+    n_threads: int | None,
+    **options: Any,
+) -> None:
+    """Answer every prompt of INPUT, realigned, several at a time.
+
+    INPUT holds one JSON object per line with "prompt" or "messages" and, where they differ from the
+    options, "prefer", "strength" and any other setting; "id" and other fields are handed through. A JSON
+    list and CSV with a header are read too; - is stdin.
+
+    Run the same command again to go on where it stopped, whatever stopped it.
+
+    \b
+    amulet batch prompts.jsonl -o answers.jsonl --prefer concise
+    amulet batch questions.json -o answers.jsonl --prefer uplifting --parallel 4
+    """
+    settings = settings_from(**options)
+    from amulet_gguf.records import read_input, read_records
+
+    if input == "-":
+        records = read_records(sys.stdin.buffer.read(), settings)
+    else:
+        records = read_input(Path(input), settings)
+
+    from amulet_gguf.amulet import Amulet, check_n_ctx
+    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.journal import Journal
+    from amulet_gguf.llama import Model
+    from amulet_gguf.models import find_model
+
+    check_n_ctx(n_ctx)
+    with LateBar("Loading the model") as bar:
+        path = find_model(model)
+        loaded = Model(
+            path, n_gpu_layers=n_gpu_layers, progress=lambda fraction: bar.update(fraction, 1.0)
+        )
+    try:
+        name = f"{path.name} {path.stat().st_size}"
+        keys = {record.line: record.key(name) for record in records}
+        if dry_run and not output.exists():
+            _show(loaded, records, records, _plan(loaded, records, parallel, n_ctx))
+            return
+        with Journal(output, keys) as journal:
+            todo = [record for record in records if record.line not in journal.done]
+            plan = _plan(loaded, todo, parallel, n_ctx)
+            if dry_run:
+                _show(loaded, records, todo, plan)
+                return
+            if todo:
+                with Amulet.of(
+                    loaded, n_ctx=plan.n_ctx, n_threads=n_threads, n_sequences=plan.n_sequences
+                ) as amulet:
+                    _run(amulet, journal, todo, plan.parallel)
+            else:
+                click.echo(f"all {len(records)} records are done already", err=True)
+            if order == "input":
+                journal.sort()
+    finally:
+        loaded.close()
+
+
+def _plan(model: Model, records: Sequence[Record], parallel: int | None, n_ctx: int | None) -> Plan:
+    from amulet_gguf.batch import plan_batch
+    from amulet_gguf.cli.terminal import LateBar
+
+    valid = [record for record in records if record.error is None]
+    with LateBar("Looking at the prompts") as bar:
+        return plan_batch(model, valid, parallel=parallel, n_ctx=n_ctx, progress=bar.update)
+
+
+def _show(model: Model, records: Sequence[Record], todo: Sequence[Record], plan: Plan) -> None:
+    n_errors = sum(record.error is not None for record in todo)
+    most = sum(record.settings.max_tokens for record in todo if record.error is None)
+    size = model.path.stat().st_size
+    for name, value in (
+        ("records", f"{len(records):,}"),
+        ("done already", f"{len(records) - len(todo):,}"),
+        ("not valid", f"{n_errors:,}"),
+        ("prompt tokens to read", f"{plan.prompt_tokens:,} at most"),
+        ("answer tokens to write", f"{most:,} at most"),
+        ("at once", f"{plan.parallel} answers, {plan.n_sequences} sequences of {plan.n_ctx:,} tokens"),
+        (
+            "memory",
+            f"{size / 1e6:,.0f} MB model + {plan.cache_bytes / 1e6:,.0f} MB cache + about 200 MB",
+        ),
+    ):
+        click.echo(f"{name:23} {value}")
+
+
+def _run(amulet: Amulet, journal: Journal, todo: Sequence[Record], parallel: int) -> None:
+    """Answer what is left to do into the journal, with progress and a summary on stderr."""
+    from amulet_gguf.batch import answers, result
+
+    begin = time.monotonic()
+    n_done = n_errors = n_tokens = 0
+    failures: list[str] = []
+    with _Progress(len(todo)) as progress:
+
+        def on_step(tokens: int) -> None:
+            nonlocal n_tokens
+            n_tokens = tokens
+            progress.update(n_done, n_tokens, time.monotonic() - begin)
+
+        try:
+            for record, answer in answers(amulet, todo, parallel, on_step):
+                outcome = result(record, answer)
+                journal.append(record.line, outcome)
+                n_done += 1
+                if "error" in outcome:
+                    n_errors += 1
+                    failures.append(f"line {record.line}: {outcome['error']}")
+        except KeyboardInterrupt:
+            progress.close()
+            click.echo(
+                f"stopped with {len(journal.done)} records done: run the same command to go on", err=True
+            )
+            raise
+    seconds = time.monotonic() - begin
+    for failure in failures[:_MAX_FAILURES]:
+        click.secho(failure, err=True, fg="yellow")
+    if n_errors > _MAX_FAILURES:
+        click.secho(f"… and {n_errors - _MAX_FAILURES} more errors in the output", err=True, fg="yellow")
+    errors = f" ({n_errors} failed)" if n_errors else ""
+    click.echo(
+        f"{n_done} records{errors}, {n_tokens} tokens in {seconds:.1f} s: {n_tokens / seconds:.1f} "
+        f"tokens/s, {parallel} at a time",
+        err=True,
+    )
+
+
+class _Progress:
+    """Records done, tokens per second and time left, on a terminal only."""
+
+    def __init__(self, total: int) -> None:
+        self._progress: Any = None
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.1f} tokens/s, left:"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, rate=0.0)
+        self._progress.start()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, done: int, tokens: int, seconds: float) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, rate=tokens / max(seconds, 1e-9))
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,65 @@
+"""Messages and settings become a request that the engine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from amulet_gguf.echo import echo_tokens
+from amulet_gguf.generation import Request
+from amulet_gguf.llama import Model
+from amulet_gguf.preferences import realign
+from amulet_gguf.prompting import ChatTemplate, Message, conversation, with_preference
+from amulet_gguf.sampling import Sampler
+from amulet_gguf.settings import Settings
+
+
+class Planner:
+    """Makes requests for one model."""
+
+    def __init__(self, model: Model) -> None:
+        """Compile the model's chat template.
+
+        Raises:
+            PromptError: the template is not valid.
+        """
+        self.template = ChatTemplate(model)
+        self._model = model
+
+    def request(
+        self, prompt: str | None, messages: Sequence[Message] | None, settings: Settings
+    ) -> Request:
+        """Return the request for a prompt or a conversation.
+
+        Raises:
+            PromptError: neither or both are given, or they cannot be made into a prompt.
+        """
+        weights = [preference.weight for preference in settings.prefer]
+        plan = realign(weights, settings.strength, settings.plausibility)
+        texts = [None, *(preference.text for preference in settings.prefer)]
+        placement = settings.placement if settings.prefer else "turn"
+        checked = conversation(prompt, messages, settings.system)
+        withheld = None
+        if settings.withhold_echo and max(plan.coefficients) > 1:
+            withheld = echo_tokens(self._model, [p.text for p in settings.prefer if p.weight > 0])
+        return Request(
+            branches=[
+                self.template.encode(with_preference(checked, texts[branch], placement))
+                for branch in plan.branches
+            ],
+            coefficients=plan.coefficients,
+            reference=plan.reference,
+            plausibility=plan.plausibility,
+            sampler=Sampler(
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                repeat_penalty=settings.repeat_penalty,
+                repeat_last_n=settings.repeat_last_n,
+                seed=settings.seed,
+            ),
+            max_tokens=settings.max_tokens,
+            stop=settings.stop,
+            adapt=settings.adapt if max(plan.coefficients) > 1 else "none",
+            withheld=withheld,
+        )
