@@ -67,7 +67,7 @@ def withhold(
         tokens: (n,) distinct.
         out: (V,) float32, the combination; changed in place.
     """
-    constants = np.array([_log_sum(row) for row in logits])
+    constants = np.array([log_sum(row) for row in logits])
     shift = float((coefficients - reference) @ constants)
     plain = reference @ logits[:, tokens].astype(np.float64) + shift
     out[tokens] = np.minimum(out[tokens], plain.astype(np.float32))
@@ -82,7 +82,7 @@ def _mixed(logits: Float32Array, weights: Float64Array) -> Float32Array:
 
 
 @kernel()
-def _log_sum(logits: Float32Array) -> float:
+def log_sum(logits: Float32Array) -> float:
     """Return log sum exp of (V,) logits."""
     weights = np.empty(_BLOCK, np.float32)
     peak = logits[argmax(logits)]
@@ -110,8 +110,8 @@ def _entropy(logits: Float32Array) -> float:
 @kernel()
 def _divergence(first: Float32Array, second: Float32Array) -> float:
     """Return the Jensen-Shannon divergence of two rows of (V,) logits, in bits: 0 to 1."""
-    log_first = _log_sum(first)
-    log_second = _log_sum(second)
+    log_first = log_sum(first)
+    log_second = log_sum(second)
     total = 0.0
     floor = np.log(_NEGLIGIBLE)
     for v in range(first.size):

@@ -48,6 +48,7 @@ class Context:
         n_sequences: int,
         n_batch: int | None = None,
         n_threads: int | None = None,
+        n_outputs: int | None = None,
     ) -> None:
         """Reserve the memory: KV cache of n_ctx * n_sequences tokens, and work space.
 
@@ -58,6 +59,8 @@ class Context:
             n_batch: rows per decode, at least n_sequences. None: 512 on a GPU, else 128, with which a
                 CPU is as fast, needs less memory, and answers to an interruption sooner.
             n_threads: None: `default_threads()`.
+            n_outputs: rows of logits that one decode can give; each takes V * 4 bytes. None: one per
+                sequence.
 
         Raises:
             SettingError: an argument out of range.
@@ -71,6 +74,9 @@ class Context:
             raise SettingError(f"n_sequences must be from 1 to {max_sequences()}, got {n_sequences}")
         if not n_sequences <= n_batch < 2**31:
             raise SettingError(f"n_batch must be from {n_sequences} to {2**31 - 1}, got {n_batch}")
+        n_outputs = n_sequences if n_outputs is None else n_outputs
+        if not n_sequences <= n_outputs <= n_batch:
+            raise SettingError(f"n_outputs must be from {n_sequences} to {n_batch}, got {n_outputs}")
         self.n_threads = default_threads() if n_threads is None else n_threads
         if not 1 <= self.n_threads <= 1024:
             raise SettingError(f"n_threads must be from 1 to 1024, got {n_threads}")
@@ -86,7 +92,8 @@ class Context:
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = n_ctx * n_sequences
         parameters.n_batch = parameters.n_ubatch = n_batch
-        parameters.n_seq_max = parameters.n_outputs_max = n_sequences
+        parameters.n_seq_max = n_sequences
+        parameters.n_outputs_max = n_outputs
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = False
         self.model = model
@@ -102,6 +109,7 @@ class Context:
         self.n_ctx = int(lib.llama_n_ctx_seq(self._context))
         self.n_sequences = n_sequences
         self.n_batch = int(lib.llama_n_batch(self._context))
+        self._max_outputs = n_outputs
         self._lengths = [0] * n_sequences
 
         # llama.cpp reads the batch from these arrays; filling them by slices costs microseconds.
@@ -150,7 +158,7 @@ class Context:
         """Return how many tokens a sequence holds, rows added but not yet decoded included."""
         return self._lengths[sequence]
 
-    def add(self, sequence: int, tokens: Tokens, *, output: bool) -> None:
+    def add(self, sequence: int, tokens: Tokens, *, output: bool, n_outputs: int = 1) -> None:
         """Append tokens to a sequence in the next `decode`.
 
         Sequences of one batch must be added in ascending order, each at most once: llama.cpp reads
@@ -159,7 +167,8 @@ class Context:
         Args:
             sequence: its number.
             tokens: (n,) int32, n >= 1.
-            output: ask for the logits after the last of them.
+            output: ask for the logits after the last of them,
+            n_outputs: or after so many of the last.
 
         Raises:
             EngineError: no such sequence or token, or no room for them.
@@ -178,15 +187,18 @@ class Context:
             raise EngineError(f"{position} + {n} tokens do not fit into a context of {self.n_ctx}")
         if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
             raise EngineError(f"a token lies outside the vocabulary of {self.model.n_vocab}")
+        asked = min(n, n_outputs) if output else 0
+        if self._n_outputs + asked > self._max_outputs:
+            raise EngineError(f"logits of {self._n_outputs + asked} rows: {self._max_outputs} are made")
         rows = slice(start, start + n)
         self._tokens[rows] = tokens
         self._positions[rows] = np.arange(position, position + n)
         self._sequences[rows] = sequence
         self._outputs[rows] = 0
-        self._outputs[start + n - 1] = output
+        self._outputs[start + n - asked : start + n] = 1
         self._lengths[sequence] = position + n
         self._n_rows += n
-        self._n_outputs += output
+        self._n_outputs += asked
 
     def decode(self) -> Float32Array:
         """Run all added rows through the model in one pass.

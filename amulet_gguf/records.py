@@ -51,9 +51,13 @@ class Record:
 
     def key(self, model: str) -> str:
         """Return 16 hex digits that change with whatever could change the answer, or its result."""
-        content = dataclasses.asdict(self) | {"model": model}
-        text = json.dumps(content, sort_keys=True, default=repr)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(dataclasses.asdict(self) | {"model": model})
+
+
+def digest(content: Any) -> str:
+    """Return 16 hex digits that tell JSON values apart."""
+    text = json.dumps(content, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_records(data: bytes, settings: Settings, *, is_csv: bool = False) -> list[Record]:

@@ -9,6 +9,7 @@ import click
 from amulet_gguf.cli.batch import batch
 from amulet_gguf.cli.bench import bench
 from amulet_gguf.cli.compare import compare
+from amulet_gguf.cli.evaluate import evaluate
 from amulet_gguf.cli.generate import generate
 from amulet_gguf.errors import AmuletError, SettingError
 
@@ -46,3 +47,4 @@ main.add_command(generate)
 main.add_command(compare)
 main.add_command(batch)
 main.add_command(bench)
+main.add_command(evaluate)

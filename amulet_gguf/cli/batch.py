@@ -31,7 +31,11 @@ _MAX_FAILURES = 5  # that are told one by one; all are in the output
 
 def _parallel(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
     """Return the number that --parallel gives, None for auto."""
-    return None if value == "auto" else int(click.IntRange(1, 256).convert(value, param, ctx))
+    if value == "auto":
+        return None
+    if not value.isdecimal() or not 1 <= int(value) <= 256:
+        raise click.BadParameter(f"{value!r} is neither auto nor a number from 1 to 256", ctx, param)
+    return int(value)
 
 
 @click.command()

@@ -1,0 +1,234 @@
+"""`amulet eval`: whether realignment helps, measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from amulet_gguf.cli.options import preference_options, sampling_options, settings_from
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from amulet_gguf.evaluation.run import Evaluation, Response
+    from amulet_gguf.evaluation.table import Result
+
+_METHODS = ("base", "prompting", "linear-alignment", "amulet")
+_PREFERENCES = ("creative", "verbose", "concise", "uplifting")
+_MAX_TOKENS = 128
+_SHOWN = ("win_rate", "reward", "likelihood", "words", "repetition", "unfinished", "echo", "perplexity")
+_N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
+
+
+@click.command("eval")
+@click.argument("questions", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder for answers, scores, tables and report. What is in it already is not done again.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Draw so many of the questions. [default: all]")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME[:SETTINGS]",
+    help="One of base, prompting, linear-alignment, amulet (the other options as they are), paper; or "
+    "your own, as strong:strength=8,temperature=0.7. Repeat. [default: the first four]",
+)
+@click.option(
+    "--reward",
+    metavar="FILE",
+    help="Another model than the one judged: how probable it finds the answers.",
+)
+@click.option("--judge", metavar="FILE", help="A model that compares answers in pairs.")
+@click.option(
+    "--against",
+    default="prompting",
+    show_default=True,
+    metavar="NAME",
+    help="The method that the judge compares the others to.",
+)
+@click.option("--parallel", type=click.IntRange(1, 256), help="Answers at once. [default: as batch]")
+@preference_options
+@sampling_options
+@click.option("-m", "--model", type=click.Path(), help="GGUF file that answers. [default: as generate]")
+@click.option("--n-gpu-layers", type=int, help="Layers to run on the GPU. [default: all, if it can]")
+@click.option("-t", "--n-threads", type=int, help="CPU threads. [default: physical cores]")
+def evaluate(
+    questions: Path,
+    output: Path,
+    limit: int | None,
+    methods: tuple[str, ...],
+    reward: str | None,
+    judge: str | None,
+    against: str,
+    parallel: int | None,
+    model: str | None,
+    n_gpu_layers: int | None,
+    n_threads: int | None,
+    **options: Any,
+) -> None:
+    """Compare methods on QUESTIONS, for several preferences.
+
+    QUESTIONS is a file as `amulet batch` reads it. Every method answers every question for every
+    preference; the answers are measured, and the folder gets results.csv, results.json, report.md and
+    report.html. Answers have 128 tokens at most unless --max-tokens says otherwise.
+
+    Run the same command again to go on where it stopped.
+
+    \b
+    amulet eval questions.json -o evaluation --limit 20
+    amulet eval questions.json -o evaluation --reward other.gguf --judge other.gguf \\
+        --method prompting --method amulet --method strong:strength=8 --prefer concise
+    """
+    if options["max_tokens"] is None:
+        options["max_tokens"] = _MAX_TOKENS
+    preferences = options.pop("prefer") or _PREFERENCES
+    shared = settings_from(prefer=(), **options)
+
+    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.evaluation.methods import method, sample_questions
+    from amulet_gguf.evaluation.report import html, markdown, write_table
+    from amulet_gguf.evaluation.run import Evaluation
+    from amulet_gguf.evaluation.table import tabulate
+    from amulet_gguf.evaluation.text_measures import MEASURES
+    from amulet_gguf.files import write_atomically
+    from amulet_gguf.preferences import Preference
+
+    for preference in preferences:
+        if Preference.parse(preference).weight != 1:
+            raise click.UsageError("a preference has no weight here: strength is the methods' affair")
+    named = dict(method(written, shared) for written in methods or _METHODS)
+    evaluation = Evaluation(
+        folder=output,
+        questions=sample_questions(questions, limit, shared.seed or 0),
+        preferences=preferences,
+        methods=named,
+        model=model,
+        reward=reward,
+        judge=judge,
+        against=against,
+    )
+    begin = time.monotonic()
+    with _Bars(LateBar) as bars:
+        responses, values = evaluation.run(
+            parallel=parallel, n_gpu_layers=n_gpu_layers, n_threads=n_threads, progress=bars.update
+        )
+    results = tabulate(values)
+    about = _about(evaluation, questions)
+    write_table(output, results)
+    write_atomically(output / "report.md", markdown(results, about, MEASURES))
+    examples = _examples(evaluation, responses)
+    write_atomically(output / "report.html", html(results, about, MEASURES, examples))
+    _show(results)
+    click.echo(
+        f"{len(responses)} answers in {time.monotonic() - begin:.0f} s; see {output / 'report.html'}",
+        err=True,
+    )
+
+
+class _Bars:
+    """One progress bar after another, each for what is being done now."""
+
+    def __init__(self, make: Any) -> None:
+        self._make = make
+        self._what = ""
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self.__exit__()
+            self._what, self._bar = what, self._make(what)
+        self._bar.update(done, total)
+
+
+def _about(evaluation: Evaluation, questions: Path) -> dict[str, str]:
+    from importlib.metadata import version
+
+    from amulet_gguf import __version__
+    from amulet_gguf.models import find_model
+
+    about = {
+        "model": find_model(evaluation.model).name,
+        "questions": f"{len(evaluation.questions)} of {questions.name}",
+        "reward model": Path(evaluation.reward).name if evaluation.reward else "none",
+        "judge": Path(evaluation.judge).name if evaluation.judge else "none",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        "versions": f"amulet-gguf {__version__}, llama-cpp-python {version('llama-cpp-python')}",
+        "command": shlex.join(["amulet", *sys.argv[1:]]),
+    }
+    if evaluation.judge:
+        about["compared to"] = evaluation.against
+    for name, settings in evaluation.methods.items():
+        about[f"method {name}"] = json.dumps(_changes(settings), ensure_ascii=False)
+    return about
+
+
+def _changes(settings: Any) -> dict[str, Any]:
+    """Return the fields that differ from the defaults."""
+    import dataclasses
+
+    from amulet_gguf.settings import Settings
+
+    default = dataclasses.asdict(Settings())
+    return {
+        name: value for name, value in dataclasses.asdict(settings).items() if value != default[name]
+    }
+
+
+def _examples(evaluation: Evaluation, responses: Sequence[Response]) -> list[dict[str, str]]:
+    """Return the answers to the first questions, for each preference, base's with every one."""
+    shown: list[dict[str, str]] = []
+    pairs = [(q, p) for q in range(len(evaluation.questions)) for p in evaluation.preferences]
+    for question, preference in pairs[:_N_ANSWERS]:
+        shown.extend(
+            {
+                "question": response.prompt,
+                "preference": preference,
+                "method": response.method,
+                "text": response.text,
+            }
+            for response in responses
+            if response.question == question and response.preference in (preference, "")
+        )
+    return shown
+
+
+def _show(results: Sequence[Result]) -> None:
+    """Print the measures that matter most, over all preferences."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from amulet_gguf.evaluation.table import ALL, by_method
+    from amulet_gguf.evaluation.text_measures import MEASURES
+
+    by_name = by_method(results, ALL)
+    measures = [name for name in _SHOWN if any(name in row for row in by_name.values())]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method")
+    for name in measures:
+        table.add_column(MEASURES[name].title, justify="right")
+    for method, row in by_name.items():
+        cells = [
+            f"{row[name].value:.{MEASURES[name].digits}f}" if name in row else "" for name in measures
+        ]
+        table.add_row(method, *cells)
+    Console(highlight=False, soft_wrap=True).print(table)

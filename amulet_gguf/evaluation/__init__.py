@@ -1,0 +1,1 @@
+"""Measures of what realignment does to answers."""

@@ -1,0 +1,182 @@
+"""A model that scores answers: how probable it finds them, and which of two it prefers."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from amulet_gguf.adaptive import log_sum
+from amulet_gguf.context import Context
+from amulet_gguf.errors import PromptTooLongError, SettingError
+from amulet_gguf.generation import Tokens
+from amulet_gguf.llama import Model
+from amulet_gguf.models import find_model
+from amulet_gguf.planning import Planner
+from amulet_gguf.prompting import conversation, with_preference
+from amulet_gguf.realign import Float64Array
+
+_N_PROMPTS: Final = 3  # prompts kept in the cache: answers come grouped by question and preference
+_BATCH: Final = 128
+_LABELS: Final = ("A", "B")
+_QUESTION: Final = """\
+Compare two answers to a question.
+
+Question:
+{question}
+
+Instruction for the style of the answer:
+{preference}
+
+Answer A:
+{first}
+
+Answer B:
+{second}
+
+Which answer follows the instruction better and still answers the question? Reply with A or B only."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of two answers, shown to it in both orders.
+
+    Attributes:
+        first_shown: P(label of the answer judged) among the two labels, that answer being A.
+        second_shown: the same, that answer being B.
+        mass: probability of the two labels together, the smaller of the orders: a judge that does not
+            understand its task puts it elsewhere.
+    """
+
+    first_shown: float
+    second_shown: float
+    mass: float
+
+    @property
+    def agrees(self) -> bool:
+        """Both orders name the same winner."""
+        return (self.first_shown > 0.5) == (self.second_shown > 0.5)
+
+    @property
+    def score(self) -> float:
+        """1 for a win, 0 for a loss, 0.5 for a tie: the orders disagree."""
+        return float(self.first_shown > 0.5) if self.agrees else 0.5
+
+
+class Scorer:
+    """One model, loaded to score with."""
+
+    def __init__(
+        self, path: str | Path | None, *, n_ctx: int = 2048, n_threads: int | None = None
+    ) -> None:
+        """Load the model.
+
+        Raises:
+            As `amulet_gguf.amulet.Amulet.load`.
+        """
+        self._model = Model(find_model(path))
+        try:
+            size = min(n_ctx, self._model.n_ctx_train or n_ctx)
+            self._planner = Planner(self._model)
+            self._context = Context(
+                self._model,
+                n_ctx=size,
+                n_sequences=_N_PROMPTS + 1,
+                n_batch=_BATCH,
+                n_outputs=_BATCH,
+                n_threads=n_threads,
+            )
+        except BaseException:
+            self._model.close()
+            raise
+        self._prompts: OrderedDict[bytes, int] = OrderedDict()
+        self._labels = [self._label(label) for label in _LABELS]
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.close()
+        self._model.close()
+
+    def log_likelihood(self, question: str, preference: str | None, answer: str) -> Float64Array:
+        """Return log P of each token of an answer, (n,) in nats, as the reply to a prompt.
+
+        The prompt is the question with the preference at its end, in this model's own template.
+
+        Raises:
+            PromptTooLongError: prompt and answer do not fit into the context.
+        """
+        prompt = self._encode(question, preference)
+        tokens = self._model.tokenize(answer, special=False)
+        if len(prompt) + len(tokens) > self._context.n_ctx:
+            raise PromptTooLongError(len(prompt) + len(tokens), self._context.n_ctx)
+        if not len(tokens):
+            return np.empty(0)
+        work = _N_PROMPTS
+        self._context.copy(self._read(prompt[:-1]), work)
+        inputs = np.concatenate([prompt[-1:], tokens[:-1]])
+        found = np.empty(len(tokens))
+        for start in range(0, len(inputs), _BATCH):
+            chunk = inputs[start : start + _BATCH]
+            self._context.add(work, chunk, output=True, n_outputs=len(chunk))
+            for row, logits in enumerate(self._context.decode(), start):
+                found[row] = logits[tokens[row]] - log_sum(logits)
+        return found
+
+    def compare(self, question: str, preference: str, answer: str, other: str) -> Verdict:
+        """Judge an answer against another, in both orders.
+
+        Raises:
+            PromptTooLongError: the two answers do not fit into the context.
+        """
+        shares, masses = [], []
+        for first, second in ((answer, other), (other, answer)):
+            text = _QUESTION.format(question=question, preference=preference, first=first, second=second)
+            prompt = self._encode(text, None)
+            if len(prompt) > self._context.n_ctx:
+                raise PromptTooLongError(len(prompt), self._context.n_ctx)
+            work = _N_PROMPTS
+            self._context.free(work)
+            logits = self._extend(work, prompt, output=True)
+            a, b = (float(logits[label] - log_sum(logits)) for label in self._labels)
+            shares.append(1.0 / (1.0 + math.exp(b - a)))
+            masses.append(math.exp(a) + math.exp(b))
+        return Verdict(shares[0], 1.0 - shares[1], min(masses))
+
+    def _label(self, label: str) -> int:
+        tokens = self._model.tokenize(label, special=False)
+        if len(tokens) != 1:
+            raise SettingError(f"this model cannot judge: it spells {label!r} with {len(tokens)} tokens")
+        return int(tokens[0])
+
+    def _encode(self, question: str, preference: str | None) -> Tokens:
+        messages = with_preference(conversation(question, None, None), preference, "turn")
+        return self._planner.template.encode(messages)
+
+    def _read(self, prompt: Tokens) -> int:
+        """Return the sequence that holds a prompt, reading it if none does."""
+        name = prompt.tobytes()
+        if name in self._prompts:
+            self._prompts.move_to_end(name)
+            return self._prompts[name]
+        if len(self._prompts) < _N_PROMPTS:
+            sequence = len(self._prompts)
+        else:
+            _, sequence = self._prompts.popitem(last=False)
+        self._context.free(sequence)
+        self._extend(sequence, prompt, output=False)
+        self._prompts[name] = sequence
+        return sequence
+
+    def _extend(self, sequence: int, tokens: Tokens, *, output: bool) -> np.ndarray:
+        """Read tokens into a sequence; return the (V,) logits after the last of them if asked to."""
+        for start in range(0, len(tokens), _BATCH):
+            is_last = start + _BATCH >= len(tokens)
+            self._context.add(sequence, tokens[start : start + _BATCH], output=output and is_last)
+            logits = self._context.decode()
+        return logits[-1] if output else logits
