@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -113,28 +114,37 @@ class Journal:
                 yield json.loads(file.readline())
 
     def sort(self) -> None:
-        """Put the results into the order of the input, in one step: the file is never incomplete."""
-        offsets = [self._offsets[line] for line in sorted(self._offsets)]
-        if offsets == sorted(offsets):
+        """Put the results into the order of the input, in one step: the file is never incomplete.
+
+        Raises:
+            BatchError: it could not be written; the file is as it was.
+        """
+        lines = sorted(self._offsets)
+        if all(self._offsets[a] < self._offsets[b] for a, b in pairwise(lines)):
             return
         target = self.path.resolve()
         temporary = target.with_name(target.name + ".sorted")
+        offsets: dict[int, int] = {}
         try:
-            with open(self.path, "rb") as source, open(temporary, "wb") as file:
-                for offset in offsets:
-                    source.seek(offset)
+            with open(target, "rb") as source, open(temporary, "wb") as file:
+                for line in lines:
+                    source.seek(self._offsets[line])
+                    offsets[line] = file.tell()
                     file.write(source.readline())
                 file.flush()
                 os.fsync(file.fileno())
             self._file.close()
-            os.replace(temporary, target)
+            try:
+                os.replace(temporary, target)
+                self._offsets = offsets
+            finally:
+                self._file = open(target, "a+b", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise BatchError(
                 f"{self.path} is complete and could not be sorted: {error.strerror or error}"
             ) from None
         finally:
             temporary.unlink(missing_ok=True)
-            self._unlock()
 
     def _unlock(self) -> None:
         self._lock.release()
