@@ -24,11 +24,14 @@ _METHODS = ("base", "prompting", "linear-alignment", "amulet")
 _PREFERENCES = ("creative", "verbose", "concise", "uplifting")
 _MAX_TOKENS = 128
 _SHOWN = ("win_rate", "reward", "likelihood", "words", "repetition", "unfinished", "echo", "perplexity")
+_WIDTH = 120  # columns: a wider table than the terminal is better than a folded one
 _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
 
 
 @click.command("eval")
-@click.argument("questions", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument(
+    "questions", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=-1, required=True
+)
 @click.option(
     "-o",
     "--output",
@@ -36,14 +39,16 @@ _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
     required=True,
     help="Folder for answers, scores, tables and report. What is in it already is not done again.",
 )
-@click.option("--limit", type=click.IntRange(1), help="Draw so many of the questions. [default: all]")
+@click.option(
+    "--limit", type=click.IntRange(1), help="Draw so many questions of each file. [default: all]"
+)
 @click.option(
     "--method",
     "methods",
     multiple=True,
     metavar="NAME[:SETTINGS]",
     help="One of base, prompting, linear-alignment, amulet (the other options as they are), paper; or "
-    "your own, as strong:strength=8,temperature=0.7. Repeat. [default: the first four]",
+    "your own, as strong:strength=8,temperature=0.7 or mild:paper,strength=3. Repeat. [default: the first four]",
 )
 @click.option(
     "--reward",
@@ -65,7 +70,7 @@ _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
 @click.option("--n-gpu-layers", type=int, help="Layers to run on the GPU. [default: all, if it can]")
 @click.option("-t", "--n-threads", type=int, help="CPU threads. [default: physical cores]")
 def evaluate(
-    questions: Path,
+    questions: tuple[Path, ...],
     output: Path,
     limit: int | None,
     methods: tuple[str, ...],
@@ -80,7 +85,7 @@ def evaluate(
 ) -> None:
     """Compare methods on QUESTIONS, for several preferences.
 
-    QUESTIONS is a file as `amulet batch` reads it. Every method answers every question for every
+    QUESTIONS are files as `amulet batch` reads them. Every method answers every question for every
     preference; the answers are measured, and the folder gets results.csv, results.json, report.md and
     report.html. Answers have 128 tokens at most unless --max-tokens says otherwise.
 
@@ -111,7 +116,7 @@ def evaluate(
     named = dict(method(written, shared) for written in methods or _METHODS)
     evaluation = Evaluation(
         folder=output,
-        questions=sample_questions(questions, limit, shared.seed or 0),
+        questions=[q for path in questions for q in sample_questions(path, limit, shared.seed or 0)],
         preferences=preferences,
         methods=named,
         model=model,
@@ -159,7 +164,7 @@ class _Bars:
         self._bar.update(done, total)
 
 
-def _about(evaluation: Evaluation, questions: Path) -> dict[str, str]:
+def _about(evaluation: Evaluation, questions: Sequence[Path]) -> dict[str, str]:
     from importlib.metadata import version
 
     from amulet_gguf import __version__
@@ -167,7 +172,7 @@ def _about(evaluation: Evaluation, questions: Path) -> dict[str, str]:
 
     about = {
         "model": find_model(evaluation.model).name,
-        "questions": f"{len(evaluation.questions)} of {questions.name}",
+        "questions": f"{len(evaluation.questions)} of {', '.join(path.name for path in questions)}",
         "reward model": Path(evaluation.reward).name if evaluation.reward else "none",
         "judge": Path(evaluation.judge).name if evaluation.judge else "none",
         "date": time.strftime("%Y-%m-%d"),
@@ -225,10 +230,12 @@ def _show(results: Sequence[Result]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("method")
     for name in measures:
-        table.add_column(MEASURES[name].title, justify="right")
+        table.add_column(name, justify="right")
     for method, row in by_name.items():
         cells = [
             f"{row[name].value:.{MEASURES[name].digits}f}" if name in row else "" for name in measures
         ]
         table.add_row(method, *cells)
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False)
+    console.width = max(console.width, _WIDTH)
+    console.print(table)

@@ -28,35 +28,46 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
 def method(written: str, shared: Settings) -> tuple[str, Settings]:
     """Return name and settings of a method as it is written on the command line.
 
-    That is the name of one of `METHODS`, "paper", or `NAME:FIELD=VALUE,FIELD=VALUE…` with fields of
-    `Settings` and values in JSON or plain text.
+    That is a name of `METHODS`, "paper", or `NAME:CHANGE,CHANGE…`: each change is FIELD=VALUE, a field of
+    `Settings` and a value in JSON or plain text, or one of those names to begin with.
 
     Raises:
         SettingError: no such method or field.
     """
     name, colon, changes = written.partition(":")
     if not colon:
-        if name == "paper":
-            return name, dataclasses.replace(Settings.paper(), max_tokens=shared.max_tokens)
-        if name not in METHODS:
-            raise SettingError(
-                f"there is no method {name!r}: choose from {', '.join([*METHODS, 'paper'])}, or "
-                "describe one, as strong:strength=8,temperature=0.7"
-            )
-        return name, dataclasses.replace(shared, **METHODS[name])
+        return name, _named(name, shared)
     if not name:
         raise SettingError(f"a method needs a name before its settings: {written!r}")
-    values: dict[str, Any] = {}
-    for change in changes.split(","):
+    settings = shared
+    for number, change in enumerate(changes.split(",")):
         field, equals, value = change.partition("=")
         field = field.strip().replace("-", "_")
-        if field not in Options.__annotations__ or field == "prefer" or not equals:
+        if number == 0 and not equals:
+            settings = _named(change, shared)
+        elif field not in Options.__annotations__ or field == "prefer" or not equals:
             raise SettingError(f"method {name!r}: {change!r} does not set a field of the settings")
-        try:
-            values[field] = json.loads(value)
-        except ValueError:
-            values[field] = value
-    return name, dataclasses.replace(shared, **values)
+        else:
+            settings = dataclasses.replace(settings, **{field: _value(value)})
+    return name, settings
+
+
+def _named(name: str, shared: Settings) -> Settings:
+    if name == "paper":
+        return dataclasses.replace(Settings.paper(), max_tokens=shared.max_tokens)
+    if name not in METHODS:
+        raise SettingError(
+            f"there is no method {name!r}: choose from {', '.join([*METHODS, 'paper'])}, or "
+            "describe one, as strong:strength=8,temperature=0.7"
+        )
+    return dataclasses.replace(shared, **METHODS[name])
+
+
+def _value(written: str) -> Any:
+    try:
+        return json.loads(written)
+    except ValueError:
+        return written
 
 
 def sample_questions(path: Path, n: int | None, seed: int = 0) -> list[str]:
