@@ -199,8 +199,9 @@ class Engine:
         reading = [generation for generation in self._live if generation.n_tokens == 0]
         plans = {generation: generation.plan(self._context.room) for generation in writing}
         budget = self._context.room - sum(map(sum, plans.values()))
-        if writing:
-            budget = min(budget, max(1, self._context.room // 2))
+        if writing and reading:
+            enough = max(generation.n_branches for generation in reading)  # to finish a prompt with
+            budget = min(budget, max(enough, self._context.room // 2))
         for generation in sorted(reading, key=lambda g: g.submitted_at):
             plans[generation] = generation.plan(budget)
             budget -= sum(plans[generation])
