@@ -19,15 +19,20 @@ from amulet_gguf.sampling import exp_below
 Adapt = Literal["none", "divergence", "entropy"]
 
 _BLOCK: Final = 1024
-_NEGLIGIBLE: Final = 1e-9  # probability below which a token's share of a divergence is left out
+_NEGLIGIBLE: Final = 1e-6  # mean probability below which a token is left out of a divergence
 
 
 def adapted(
-    logits: Float32Array, coefficients: Float64Array, reference: Float64Array, adapt: Adapt
+    logits: Float32Array,
+    coefficients: Float64Array,
+    anchor: Float64Array,
+    reference: Float64Array,
+    adapt: Adapt,
 ) -> Float64Array:
-    """Return (B,) coefficients between ordinary prompting's and the full ones, for this token.
+    """Return (B,) coefficients between those of no extrapolation and the full ones, for this token.
 
-    The way from strength 1 to the full strength is gone by a share from 0 to 1:
+    The way from strength 1 (0 where the strength is negative) to the full one is gone by a share
+    from 0 to 1:
 
     - "divergence": the Jensen-Shannon divergence, in bits, of base and reference distribution, as in
       AdaCAD (Wang et al. 2024, arXiv 2409.07394). Where the preference says nothing about a token,
@@ -38,6 +43,7 @@ def adapted(
     Args:
         logits: (B, V) float32, finite; row 0 is the base.
         coefficients, reference: (B,), see `amulet_gguf.realign.combine`.
+        anchor: (B,) coefficients where the share is 0.
     """
     if adapt == "none":
         return coefficients
@@ -46,7 +52,7 @@ def adapted(
         share = 1.0 - np.exp(-_entropy(reference_row))
     else:
         share = _divergence(logits[0], reference_row)
-    return np.asarray(reference + share * (coefficients - reference))
+    return np.asarray(anchor + share * (coefficients - anchor))
 
 
 def withhold(
@@ -110,15 +116,20 @@ def _entropy(logits: Float32Array) -> float:
 @kernel()
 def _divergence(first: Float32Array, second: Float32Array) -> float:
     """Return the Jensen-Shannon divergence of two rows of (V,) logits, in bits: 0 to 1."""
-    log_first = log_sum(first)
-    log_second = log_sum(second)
+    log_first = np.float32(log_sum(first))
+    log_second = np.float32(log_sum(second))
+    p = np.empty(_BLOCK, np.float32)
+    q = np.empty(_BLOCK, np.float32)
     total = 0.0
-    floor = np.log(_NEGLIGIBLE)
-    for v in range(first.size):
-        p = first[v] - log_first
-        q = second[v] - log_second
-        if p > floor or q > floor:
-            a, b = np.exp(p), np.exp(q)
-            log_mean = np.log(0.5 * (a + b))
-            total += 0.5 * (a * (p - log_mean) + b * (q - log_mean))
+    for start in range(0, first.size, _BLOCK):
+        a = first[start : start + _BLOCK]
+        b = second[start : start + _BLOCK]
+        exp_below(a, log_first, 1.0, p)
+        exp_below(b, log_second, 1.0, q)
+        for v in range(a.size):
+            mean = 0.5 * (np.float64(p[v]) + np.float64(q[v]))
+            if mean > _NEGLIGIBLE:
+                log_mean = np.log(mean)
+                total += 0.5 * p[v] * (np.float64(a[v] - log_first) - log_mean)
+                total += 0.5 * q[v] * (np.float64(b[v] - log_second) - log_mean)
     return float(min(1.0, max(0.0, total / np.log(2.0))))

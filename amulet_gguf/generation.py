@@ -90,6 +90,7 @@ class Request:
     max_tokens: int
     stop: Sequence[str] = ()
     adapt: Adapt = "none"
+    anchor: Sequence[float] = ()
     withheld: Tokens | None = None
 
 
@@ -122,6 +123,7 @@ class Generation:
         self._request = request
         self._coefficients = np.array(request.coefficients, np.float64)
         self._reference = np.array(request.reference, np.float64)
+        self._anchor = np.array(request.anchor, np.float64)
         self._margin = log_plausibility(request.plausibility)
         self._text = TextAssembler(request.stop)
         self.first_sequence = -1  # its branches are neighbours from here on
@@ -193,7 +195,7 @@ class Generation:
         """
         coefficients, reference = self._coefficients, self._reference
         if self._request.adapt != "none":
-            coefficients = adapted(logits, coefficients, reference, self._request.adapt)
+            coefficients = adapted(logits, coefficients, self._anchor, reference, self._request.adapt)
         prompted = combine_unchecked(logits, coefficients, self._margin, reference, row)
         if self._request.withheld is not None:
             withhold(logits, coefficients, reference, self._request.withheld, row)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from amulet_gguf.echo import echo_tokens
 from amulet_gguf.generation import Request
 from amulet_gguf.llama import Model
-from amulet_gguf.preferences import realign
+from amulet_gguf.preferences import coefficients, realign
 from amulet_gguf.prompting import ChatTemplate, Message, conversation, with_preference
 from amulet_gguf.sampling import Sampler
 from amulet_gguf.settings import Settings
@@ -38,8 +38,10 @@ class Planner:
         texts = [None, *(preference.text for preference in settings.prefer)]
         placement = settings.placement if settings.prefer else "turn"
         checked = conversation(prompt, messages, settings.system)
+        is_extrapolated = any(not 0 <= amount <= 1 for amount in plan.coefficients)
+        anchor = coefficients(weights, min(max(settings.strength, 0.0), 1.0))
         withheld = None
-        if settings.withhold_echo and max(plan.coefficients) > 1:
+        if settings.withhold_echo and is_extrapolated:
             withheld = echo_tokens(self._model, [p.text for p in settings.prefer if p.weight > 0])
         return Request(
             branches=[
@@ -60,6 +62,7 @@ class Planner:
             ),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
-            adapt=settings.adapt if max(plan.coefficients) > 1 else "none",
+            adapt=settings.adapt if is_extrapolated else "none",
+            anchor=[anchor[branch] for branch in plan.branches],
             withheld=withheld,
         )

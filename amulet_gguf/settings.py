@@ -71,6 +71,10 @@ class Settings:
         plausibility: tokens less than this times as probable as the best under ordinary prompting are
             ruled out before amplifying. It guards extrapolation, and does nothing where there is none
             (positive weights whose sum times strength is at most 1, or no preferences).
+        adapt: "none" goes to the full strength at every token; "divergence" as far beyond ordinary
+            prompting as the branches differ at this token; "entropy" as far as prompting is uncertain of
+            it (see `amulet_gguf.adaptive.adapted`). Without extrapolation it does nothing.
+        withhold_echo: do not amplify the words of the preferences themselves.
         placement: where branches carry the preference: at the end of the last user message ("turn")
             or of the system prompt ("system").
         system: the system prompt; None leaves it to the chat template.
@@ -86,8 +90,8 @@ class Settings:
     prefer: tuple[Preference, ...] = ()
     strength: float = 5.65
     plausibility: float = 0.1
-    adapt: Adapt = "none"
-    withhold_echo: bool = False
+    adapt: Adapt = "divergence"
+    withhold_echo: bool = True
     placement: Placement = "turn"
     system: str | None = None
     max_tokens: int = 512
@@ -119,6 +123,11 @@ class Settings:
                 raise SettingError(f"{name} must be {noun} from {low} to {high}, got {value!r}")
         if self.placement not in get_args(Placement):
             raise SettingError(f'placement must be "turn" or "system", got {self.placement!r}')
+        if self.adapt not in get_args(Adapt):
+            names = ", ".join(get_args(Adapt))
+            raise SettingError(f"adapt must be one of {names}, got {self.adapt!r}")
+        if not isinstance(self.withhold_echo, bool):
+            raise SettingError(f"withhold_echo must be true or false, got {self.withhold_echo!r}")
         if self.system is not None and not isinstance(self.system, str):
             raise SettingError(f"system must be a text or None, got {self.system!r}")
         total = math.fsum(abs(preference.weight) for preference in self.prefer)
@@ -131,7 +140,8 @@ class Settings:
     def paper(cls, prefer: PreferencesLike = None) -> Self:
         """Return the settings of the reference implementation (arXiv 2502.19148).
 
-        Its system prompt with the preference at the end, greedy, no mask, 128 tokens, and the strength
+        Its system prompt with the preference at the end, greedy, no mask, the full strength for
+        every token, 128 tokens, and the strength
         of alpha = 2, lambda = 2, eta = 10 and 60 iterations. One thing differs on purpose: the prompt
         ends with the template's header of the assistant's turn, which the reference leaves out.
         """
@@ -141,6 +151,8 @@ class Settings:
             prefer=as_preferences(prefer),
             strength=strength(),
             plausibility=0.0,
+            adapt="none",
+            withhold_echo=False,
             placement="system",
             system=PAPER_SYSTEM,
             max_tokens=128,

@@ -111,7 +111,9 @@ def _methods(settings: Settings) -> dict[str, Settings]:
     return {
         "base": dataclasses.replace(settings, prefer=()),
         "prompting": dataclasses.replace(settings, strength=1.0),
-        "linear alignment": dataclasses.replace(settings, strength=_LINEAR_ALIGNMENT),
+        "linear alignment": dataclasses.replace(
+            settings, strength=_LINEAR_ALIGNMENT, adapt="none", withhold_echo=False
+        ),
         "amulet": settings,
     }
 

@@ -90,6 +90,17 @@ preference_options = _stack(
         help="Rule out tokens less probable than this share of the best one, by ordinary prompting.",
     ),
     click.option(
+        "--adapt",
+        type=click.Choice(["none", "divergence", "entropy"]),
+        help="Go to the full strength at every token (none), or as far as the preference makes a "
+        "difference to it, or as far as prompting is uncertain of it. [default: divergence]",
+    ),
+    click.option(
+        "--withhold-echo/--amplify-echo",
+        default=None,
+        help="Amplify the words of the preference itself, or not. [default: withhold]",
+    ),
+    click.option(
         "--placement",
         type=click.Choice(["turn", "system"]),
         help="Say the preference at the end of your message, or of the system prompt. [default: turn]",

@@ -20,7 +20,7 @@ LINEAR_ALIGNMENT: Final = 3.0
 METHODS: Final[dict[str, dict[str, Any]]] = {
     "base": {"strength": 0.0},
     "prompting": {"strength": 1.0},
-    "linear-alignment": {"strength": LINEAR_ALIGNMENT},
+    "linear-alignment": {"strength": LINEAR_ALIGNMENT, "adapt": "none", "withhold_echo": False},
     "amulet": {},
 }
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from amulet_gguf.errors import SettingError
+from amulet_gguf.evaluation.table import ALL, Result
 from amulet_gguf.evaluation.text_measures import Measure
 from amulet_gguf.files import write_atomically
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
 Catalogue: TypeAlias = Mapping[str, Measure]
-#: The preference of results that are means over all preferences.
-ALL: Final = "all"
 
 _BETTER: Final = {
     "higher": "higher is better",
@@ -56,28 +55,6 @@ _DRAWING: Final[dict[Any, object]] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """The mean of one measure over the answers of one method.
-
-    Attributes:
-        method: what wrote the answers.
-        preference: what was preferred; "all" is the mean over all preferences.
-        measure: a key of the catalogue.
-        value: the mean.
-        low, high: its 95 % bootstrap interval. All three are NaN where undefined.
-        n: answers it is a mean of.
-    """
-
-    method: str
-    preference: str
-    measure: str
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def write_table(folder: Path, results: Sequence[Result]) -> None:
