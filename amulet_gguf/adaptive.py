@@ -19,7 +19,7 @@ from amulet_gguf.sampling import exp_below
 Adapt = Literal["none", "divergence", "entropy"]
 
 _BLOCK: Final = 1024
-_NEGLIGIBLE: Final = 1e-6  # mean probability below which a token is left out of a divergence
+_NEGLIGIBLE: Final = 1e-7  # mean probability below which a token is left out of a divergence
 
 
 def adapted(

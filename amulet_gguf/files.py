@@ -5,37 +5,34 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, line ends as they are: afterwards the file holds all of it or what it held.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to write into, which takes the place of `path` if the block ends well.
 
-    An existing file keeps its permissions and a link keeps pointing to its target. A device or pipe,
-    which cannot be replaced, is written like any file.
+    Until then, and if it fails, `path` holds what it held. An existing file keeps its permissions and a
+    link keeps pointing to its target.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
-        UnicodeEncodeError: the text holds half of a surrogate pair; nothing is touched.
     """
-    data = text.encode()
     target = Path(os.path.realpath(path))  # replacing a link itself would cut it off
     mode = None
     with suppress(FileNotFoundError):
-        status = target.stat()
-        if not stat.S_ISREG(status.st_mode):
-            target.write_bytes(data)
-            return
+        mode = stat.S_IMODE(target.stat().st_mode)
         with open(target, "ab"):  # replacing needs no right to write the file, but disrespects it
-            mode = stat.S_IMODE(status.st_mode)
-
+            pass
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     # What replaces a private file must not be readable for a moment; a new file follows the umask.
     create = 0o666 if mode is None else 0o600
     try:
         with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, create)) as file:
-            file.write(data)
+            yield file
             file.flush()
             if mode is not None:
                 os.chmod(temporary, mode)
@@ -46,6 +43,23 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.unlink()
         raise
     _sync_folder(target.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, line ends as they are: afterwards the file holds all of it or what it held.
+
+    A device or pipe, which cannot be replaced, is written like any file.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+        UnicodeEncodeError: the text holds half of a surrogate pair; nothing is touched.
+    """
+    data = text.encode()
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _sync_folder(folder: Path) -> None:

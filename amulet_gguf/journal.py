@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Final
 from filelock import FileLock, Timeout
 
 from amulet_gguf.errors import BatchError
+from amulet_gguf.files import replacing
 
 _BEGIN: Final = b'{"line": '
 
@@ -41,24 +42,24 @@ class Journal:
         self.path = path
         self._keys = keys
         self._offsets: dict[int, int] = {}
-        lock = path.with_name(path.name + ".lock")
-        self._lock = FileLock(lock)
+        self._target = Path(os.path.realpath(path))  # whatever name it is called by, the lock is one
+        self._lock = FileLock(self._target.with_name(self._target.name + ".lock"))
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise BatchError(f"another process is writing {path}: wait for it, or stop it") from None
         except OSError as error:
-            raise BatchError(f"{path} cannot be written: {error.strerror or error}") from None
+            raise self._failure(error) from None
         try:
-            try:
-                self._file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise BatchError(f"{path} cannot be written: {error.strerror or error}") from None
+            self._file = self._open()
             try:
                 self._end = self._read()
-                self._file.truncate(self._end)
-            except BaseException:
+                if self._end < os.path.getsize(self._target):
+                    self._file.truncate(self._end)
+            except BaseException as error:
                 self._file.close()
+                if isinstance(error, OSError):
+                    raise self._failure(error) from None
                 raise
         except BaseException:
             self._unlock()
@@ -108,7 +109,7 @@ class Journal:
 
     def results(self) -> Iterator[dict[str, Any]]:
         """Yield what the file holds, in the order of the input."""
-        with open(self.path, "rb") as file:
+        with open(self._target, "rb") as file:
             for line in sorted(self._offsets):
                 file.seek(self._offsets[line])
                 yield json.loads(file.readline())
@@ -122,33 +123,37 @@ class Journal:
         lines = sorted(self._offsets)
         if all(self._offsets[a] < self._offsets[b] for a, b in pairwise(lines)):
             return
-        target = self.path.resolve()
-        temporary = target.with_name(target.name + ".sorted")
         offsets: dict[int, int] = {}
         try:
-            with open(target, "rb") as source, open(temporary, "wb") as file:
+            with open(self._target, "rb") as source, replacing(self._target) as file:
                 for line in lines:
                     source.seek(self._offsets[line])
                     offsets[line] = file.tell()
                     file.write(source.readline())
-                file.flush()
-                os.fsync(file.fileno())
-            self._file.close()
-            try:
-                os.replace(temporary, target)
-                self._offsets = offsets
-            finally:
-                self._file = open(target, "a+b", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise BatchError(
                 f"{self.path} is complete and could not be sorted: {error.strerror or error}"
             ) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._offsets = offsets
+        self._file.close()
+        self._file = self._open()
+
+    def _open(self) -> BinaryIO:
+        try:
+            if self._target.exists() and not self._target.is_file():
+                raise BatchError(f"{self.path} is not a file that results can be kept in")
+            return open(self._target, "a+b", buffering=0)
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> BatchError:
+        return BatchError(f"{self.path} cannot be written: {error.strerror or error}")
 
     def _unlock(self) -> None:
+        # Removed while it is held: whoever comes next makes a new one.
+        with contextlib.suppress(OSError):
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _read(self) -> int:
         """Find the results in the file; return where a torn line at its end begins."""
@@ -158,7 +163,7 @@ class Journal:
             for number, text in enumerate(file, 1):
                 line = self._line_of(text)
                 if line is None:
-                    if not file.peek(1) and _is_torn(text):
+                    if not file.peek(1) and self._is_torn(text):
                         return offset
                     raise BatchError(
                         f"{self.path}, line {number}, is not a result of this input with these "
@@ -181,9 +186,19 @@ class Journal:
         except (ValueError, LookupError, TypeError, RecursionError):
             return None
 
+    def _is_torn(self, text: bytes) -> bool:
+        """Tell whether a last line can be the beginning of a result, or zeros left by a power cut."""
+        begin = text.rstrip(b"\0")
+        if begin.endswith(b"\n"):
+            return False
+        if begin.endswith(b"}"):  # all but the end of the line, or something else
+            return self._line_of(begin + b"\n") is not None or not _is_json(begin)
+        return begin.startswith(_BEGIN) or _BEGIN.startswith(begin)
 
-def _is_torn(text: bytes) -> bool:
-    """Tell whether a last line can be the beginning of a result, or zeros that a power cut leaves."""
-    begin = text.rstrip(b"\0")
-    whole = begin.endswith(b"\n") and not text.endswith(b"\0")
-    return not whole and (begin.startswith(_BEGIN) or _BEGIN.startswith(begin))
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import difflib
@@ -17,12 +18,14 @@ from typing import Any, Final
 
 from amulet_gguf.errors import AmuletError, BatchError, PromptError, SettingError
 from amulet_gguf.prompting import Message, conversation
-from amulet_gguf.settings import Options, Settings
+from amulet_gguf.settings import RANGES, Options, Settings
 
 _SETTINGS: Final = frozenset(Options.__annotations__)
 _PROMPTS: Final = ("prompt", "question", "messages")
 _IDS: Final = ("id", "index")
 _KNOWN: Final = (*_SETTINGS, *_PROMPTS, *_IDS)
+_MISSPELT: Final = (*_SETTINGS, *_PROMPTS)
+_MAX_DEPTH: Final = 100
 #: What a record of the output holds; fields of the input with these names are not carried over.
 RESULT_FIELDS: Final = frozenset({"line", "key", "text", "error", "finish_reason", "usage"})
 _SHOWN: Final = 60  # characters of a line that an error repeats
@@ -73,6 +76,7 @@ def read_records(data: bytes, settings: Settings, *, is_csv: bool = False) -> li
     Raises:
         BatchError: the input as a whole cannot be read.
     """
+    data = data.removeprefix(codecs.BOM_UTF8)
     if is_csv:
         items = _csv_items(data)
     elif data.lstrip()[:1] == b"[":
@@ -80,7 +84,7 @@ def read_records(data: bytes, settings: Settings, *, is_csv: bool = False) -> li
     else:
         items = _line_items(data)
     return [
-        Record(line, error=item) if isinstance(item, str) else _record(line, item, settings)
+        Record(line, error=str(item)) if isinstance(item, _Bad) else _record(line, item, settings)
         for line, item in items
     ]
 
@@ -98,8 +102,30 @@ def read_input(path: Path, settings: Settings) -> list[Record]:
     return read_records(data, settings, is_csv=path.suffix.lower() == ".csv")
 
 
+class _Bad(str):
+    """Why an item of the input could not be read."""
+
+
+def _shown(text: str) -> str:
+    """Return the beginning of a text, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:_SHOWN])
+
+
+def _is_deep(value: Any) -> bool:
+    """Tell whether lists and objects are nested deeper than what follows can hash and write."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
 def _decoded(line: bytes) -> Any:
-    return json.loads(line.decode("utf-8-sig"))
+    return json.loads(line.decode())
 
 
 def _line_items(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -109,10 +135,9 @@ def _line_items(data: bytes) -> Iterator[tuple[int, Any]]:
         try:
             yield number, _decoded(line)
         except UnicodeDecodeError:
-            yield number, "not text in UTF-8"
+            yield number, _Bad("not text in UTF-8")
         except (ValueError, RecursionError) as error:
-            shown = line.strip()[:_SHOWN].decode("utf-8", "replace")
-            yield number, f"not JSON ({error}): {shown}"
+            yield number, _Bad(f"not JSON ({error}): {_shown(line.strip().decode('utf-8', 'replace'))}")
 
 
 def _list_items(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -126,19 +151,19 @@ def _list_items(data: bytes) -> Iterator[tuple[int, Any]]:
 def _csv_items(data: bytes) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(_MAX_CELL)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError:
         raise BatchError("the input is not text in UTF-8") from None
     rows = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in rows:
             if None in row:
-                yield rows.line_num, "more cells than the header has"
+                yield rows.line_num, _Bad("more cells than the header has")
                 continue
             try:
                 yield rows.line_num, {name: _cell(name, cell) for name, cell in row.items() if cell}
             except ValueError as error:
-                yield rows.line_num, str(error)
+                yield rows.line_num, _Bad(str(error))
     except csv.Error as error:
         raise BatchError(f"the input is not CSV, line {rows.line_num}: {error}") from None
 
@@ -151,7 +176,7 @@ def _cell(name: str, cell: str) -> Any:
             return json.loads(cell)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} begins with [ and is not a JSON list: {error}") from None
-    if name in _SETTINGS:
+    if name in RANGES or name == "withhold_echo":
         if cell.lower() in ("true", "false"):
             return cell.lower() == "true"
         if _NUMBER.fullmatch(cell):
@@ -161,8 +186,10 @@ def _cell(name: str, cell: str) -> Any:
 
 def _record(line: int, item: Any, settings: Settings) -> Record:
     """Return the record that a parsed item describes."""
-    if not isinstance(item, dict):
-        return Record(line, error=f"not an object with a prompt: {json.dumps(item)[:_SHOWN]}")
+    if not isinstance(item, dict) and not _is_deep(item):
+        return Record(line, error=f"not an object with a prompt: {_shown(json.dumps(item))}")
+    if _is_deep(item):
+        return Record(line, error=f"nested more than {_MAX_DEPTH} deep")
     extra = {
         name: value
         for name, value in item.items()
@@ -170,8 +197,9 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
     }
     try:
         for name in extra:
-            near = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8)
-            if near and name not in _IDS:
+            near = difflib.get_close_matches(name, _MISSPELT, n=1, cutoff=0.8)
+            near += [known for known in _MISSPELT if name.lower() == known]
+            if near and not name.endswith("id"):
                 raise SettingError(f"unknown field {name!r}; did you mean {near[0]!r}?")
         given = [name for name in _PROMPTS if name in item]
         if len(given) != 1:
@@ -193,6 +221,8 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
 
 def _plain(name: str, value: Any) -> Any:
     """Return a JSON value as `Settings` takes it: a list of pairs as pairs."""
+    if name == "prefer" and isinstance(value, dict):
+        raise SettingError(f"expected preferences as text or [text, weight], got {_shown(str(value))}")
     if name == "prefer" and isinstance(value, list):
         return [tuple(item) if isinstance(item, list) else item for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 and not math.isnan(value):

@@ -26,7 +26,7 @@ LIMITS = [(name, limit) for name, limits in RANGES.items() for limit in limits]
 def test_options_are_the_fields_of_settings() -> None:
     assert list(Options.__annotations__) == FIELDS
     assert not Options.__required_keys__
-    others = {"prefer", "placement", "system", "stop"}
+    others = {"prefer", "adapt", "withhold_echo", "placement", "system", "stop"}
     assert set(RANGES) == set(FIELDS) - others
 
 
@@ -179,6 +179,8 @@ def test_the_papers_settings() -> None:
         "prefer": ({"text": PRESETS["creative"], "weight": 1.0},),
         "strength": strength(),
         "plausibility": 0.0,
+        "adapt": "none",
+        "withhold_echo": False,
         "placement": "system",
         "system": PAPER_SYSTEM,
         "max_tokens": 128,

@@ -48,7 +48,8 @@ _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
     multiple=True,
     metavar="NAME[:SETTINGS]",
     help="One of base, prompting, linear-alignment, amulet (the other options as they are), paper; or "
-    "your own, as strong:strength=8,temperature=0.7 or mild:paper,strength=3. Repeat. [default: the first four]",
+    "your own, as strong:strength=8,temperature=0.7 or mild:paper,strength=3. Repeat. "
+    "[default: the first four]",
 )
 @click.option(
     "--reward",

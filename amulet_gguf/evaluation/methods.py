@@ -28,8 +28,8 @@ METHODS: Final[dict[str, dict[str, Any]]] = {
 def method(written: str, shared: Settings) -> tuple[str, Settings]:
     """Return name and settings of a method as it is written on the command line.
 
-    That is a name of `METHODS`, "paper", or `NAME:CHANGE,CHANGE…`: each change is FIELD=VALUE, a field of
-    `Settings` and a value in JSON or plain text, or one of those names to begin with.
+    That is a name of `METHODS`, "paper", or `NAME:CHANGE,CHANGE…`: each change is FIELD=VALUE, a field
+    of `Settings` and a value in JSON or plain text, or one of those names to begin with.
 
     Raises:
         SettingError: no such method or field.
