@@ -100,7 +100,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    repeat_penalty: float = 1.0
+    repeat_penalty: float = 1.1
     repeat_last_n: int = 64
     seed: int | None = None
 
@@ -155,5 +155,6 @@ class Settings:
             withhold_echo=False,
             placement="system",
             system=PAPER_SYSTEM,
+            repeat_penalty=1.0,
             max_tokens=128,
         )

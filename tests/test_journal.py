@@ -369,7 +369,7 @@ def test_a_full_disk_leaves_what_was_there_and_a_journal_that_works(path: Path, 
         real = journal._file
         for _ in range(2):
             journal._file = Failing(real, room)  # type: ignore[assignment]
-            with pytest.raises(BatchError, match="No space left.*run the same command") as caught:
+            with pytest.raises(BatchError, match=r"No space left.*run the same command") as caught:
                 journal.append(8, RESULTS[8])
             assert len(str(caught.value).splitlines()) == 1
             assert path.read_bytes() == before
