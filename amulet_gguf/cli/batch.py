@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -17,9 +18,8 @@ from amulet_gguf.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Generator, Sequence
 
-    from amulet_gguf.amulet import Amulet
     from amulet_gguf.batch import Plan
     from amulet_gguf.journal import Journal
     from amulet_gguf.llama import Model
@@ -63,6 +63,20 @@ def _parallel(ctx: click.Context, param: click.Parameter, value: str) -> int | N
     help="Order of the finished file. While it grows, results stand as they were finished.",
 )
 @click.option("--dry-run", is_flag=True, help="Show counts and memory, and answer nothing.")
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Spread the work over a Ray cluster: auto, local, HOST:PORT or ray://HOST:PORT. This package "
+    "and the model file, at the same path, must be on every node and on this machine. --parallel, "
+    "--n-threads and --n-gpu-layers then hold for each worker.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 10_000),
+    help="Workers on the Ray cluster, which share the CPUs of their node. [default: one per GPU; "
+    "without GPUs one per node, or as many as find --n-threads CPUs each]",
+)
 @preference_options
 @sampling_options
 @model_options
@@ -72,6 +86,8 @@ def batch(
     parallel: int | None,
     order: str,
     dry_run: bool,
+    address: str | None,
+    workers: int | None,
     model: str | None,
     n_ctx: int | None,
     n_gpu_layers: int | None,
@@ -89,7 +105,10 @@ def batch(
     \b
     amulet batch prompts.jsonl -o answers.jsonl --prefer concise
     amulet batch questions.json -o answers.jsonl --prefer uplifting --parallel 4
+    amulet batch prompts.jsonl -o answers.jsonl --ray auto
     """
+    if workers is not None and address is None:
+        raise click.UsageError("--workers needs --ray ADDRESS")
     settings = settings_from(**options)
     from amulet_gguf.records import read_input, read_records
 
@@ -99,7 +118,9 @@ def batch(
         records = read_input(Path(input), settings)
 
     from amulet_gguf.amulet import Amulet, check_n_ctx
+    from amulet_gguf.batch import answers, result
     from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cluster import ray_answers
     from amulet_gguf.journal import Journal
     from amulet_gguf.llama import Model
     from amulet_gguf.models import find_model
@@ -122,13 +143,40 @@ def batch(
             if dry_run:
                 _show(loaded, records, todo, plan)
                 return
-            if todo:
+            if not todo:
+                click.echo(f"all {len(records)} records are done already", err=True)
+            elif address is not None:
+                loaded.close()  # its memory belongs to the workers
+                _run(
+                    journal,
+                    len(todo),
+                    f"{plan.parallel} at a time per worker",
+                    lambda on_step: ray_answers(
+                        todo,
+                        address,
+                        model=path,
+                        n_ctx=plan.n_ctx,
+                        n_sequences=plan.n_sequences,
+                        parallel=plan.parallel,
+                        n_workers=workers,
+                        n_threads=n_threads,
+                        n_gpu_layers=n_gpu_layers,
+                        on_step=on_step,
+                    ),
+                )
+            else:
                 with Amulet.of(
                     loaded, n_ctx=plan.n_ctx, n_threads=n_threads, n_sequences=plan.n_sequences
                 ) as amulet:
-                    _run(amulet, journal, todo, plan.parallel)
-            else:
-                click.echo(f"all {len(records)} records are done already", err=True)
+                    _run(
+                        journal,
+                        len(todo),
+                        f"{plan.parallel} at a time",
+                        lambda on_step: (
+                            (record, result(record, answer))
+                            for record, answer in answers(amulet, todo, plan.parallel, on_step)
+                        ),
+                    )
             if order == "input":
                 journal.sort()
     finally:
@@ -163,14 +211,23 @@ def _show(model: Model, records: Sequence[Record], todo: Sequence[Record], plan:
         click.echo(f"{name:23} {value}")
 
 
-def _run(amulet: Amulet, journal: Journal, todo: Sequence[Record], parallel: int) -> None:
-    """Answer what is left to do into the journal, with progress and a summary on stderr."""
-    from amulet_gguf.batch import answers, result
+def _run(
+    journal: Journal,
+    total: int,
+    at_once: str,
+    answer: Callable[[Callable[[int], None]], Generator[tuple[Record, dict[str, Any]], None, None]],
+) -> None:
+    """Take results into the journal as they come, with progress and a summary on stderr.
 
+    Args:
+        total: results to come.
+        at_once: how many, in words of the summary.
+        answer: begins; calls what it is given with the tokens of all answers so far.
+    """
     begin = time.monotonic()
     n_done = n_errors = n_tokens = 0
     failures: list[str] = []
-    with _Progress(len(todo)) as progress:
+    with _Progress(total) as progress:
 
         def on_step(tokens: int) -> None:
             nonlocal n_tokens
@@ -178,13 +235,13 @@ def _run(amulet: Amulet, journal: Journal, todo: Sequence[Record], parallel: int
             progress.update(n_done, n_tokens, time.monotonic() - begin)
 
         try:
-            for record, answer in answers(amulet, todo, parallel, on_step):
-                outcome = result(record, answer)
-                journal.append(record.line, outcome)
-                n_done += 1
-                if "error" in outcome:
-                    n_errors += 1
-                    failures.append(f"line {record.line}: {outcome['error']}")
+            with contextlib.closing(answer(on_step)) as outcomes:
+                for record, outcome in outcomes:
+                    journal.append(record.line, outcome)
+                    n_done += 1
+                    if "error" in outcome:
+                        n_errors += 1
+                        failures.append(f"line {record.line}: {outcome['error']}")
         except KeyboardInterrupt:
             progress.close()
             click.echo(
@@ -199,7 +256,7 @@ def _run(amulet: Amulet, journal: Journal, todo: Sequence[Record], parallel: int
     errors = f" ({n_errors} failed)" if n_errors else ""
     click.echo(
         f"{n_done} records{errors}, {n_tokens} tokens in {seconds:.1f} s: {n_tokens / seconds:.1f} "
-        f"tokens/s, {parallel} at a time",
+        f"tokens/s, {at_once}",
         err=True,
     )
 
