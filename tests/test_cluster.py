@@ -240,7 +240,7 @@ def test_the_command_goes_on_where_it_was_interrupted(ray: Any, tiny: Tiny, tmp_
     assert out == ""
     assert "run the same command to go on" in err
     kept = done()
-    assert 6 <= len(kept) < 31
+    assert 5 <= len(kept) < 31  # the last one may have been taken back
 
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
