@@ -178,6 +178,7 @@ class Amulet:
         n_threads: int | None = None,
         n_batch: int | None = None,
         n_sequences: int = 2,
+        rpc: str | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> Amulet:
         """Load a model.
@@ -190,15 +191,16 @@ class Amulet:
             n_batch: tokens read in one step. None: see `amulet_gguf.context.Context`.
             n_sequences: memory to begin with, in branches that can run at once: a generation takes one
                 for the base and one per preference. It grows when more are asked for.
+            rpc: servers of llama.cpp that share the model, "HOST:PORT,HOST:PORT": see `Model`.
             progress: called with the fraction loaded, from 0 to 1.
 
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
-            SettingError: a number out of range.
-            EngineError: not enough memory.
+            SettingError: a number out of range, or rpc not possible.
+            EngineError: not enough memory, or an RPC server cannot be reached.
         """
         check_n_ctx(n_ctx)
-        model = Model(find_model(path), n_gpu_layers=n_gpu_layers, progress=progress)
+        model = Model(find_model(path), n_gpu_layers=n_gpu_layers, rpc=rpc, progress=progress)
         try:
             return cls.of(
                 model, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, n_sequences=n_sequences

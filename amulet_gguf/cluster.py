@@ -28,7 +28,7 @@ _MAX_STARTS: Final = 3  # of a worker that ends before its model is loaded
 _PATIENCE: Final = 120.0  # seconds for which no worker at all may have a process
 _POLL: Final = 5.0  # seconds
 _REACHABLE: Final = 10.0  # seconds in which a cluster must take a connection
-_HOST_PORT: Final = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>\d{1,5})")
+_HOST_PORT: Final = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>[0-9]{1,5})")
 _SHOWN: Final = 300  # characters of Ray's explanation that an error repeats
 
 

@@ -28,6 +28,7 @@ from amulet_gguf.errors import (
     ModelNotFoundError,
     SettingError,
 )
+from amulet_gguf.rpc import add_servers, has_device, parse_servers
 
 # Both are read when the libraries load. Spinning OpenMP barriers make two processes that share the
 # cores a hundred times slower; a thousand spins keep a lone process as fast. And without the second,
@@ -72,7 +73,9 @@ def _set_up() -> None:
 
 
 def can_offload() -> bool:
-    """Tell whether the installed llama.cpp can run layers on a GPU."""
+    """Tell whether llama.cpp can run layers elsewhere than on the CPU of this machine."""
+    if lib.llama_supports_rpc():  # llama.cpp itself takes that for a device, even without any server
+        return has_device()
     return bool(lib.llama_supports_gpu_offload())
 
 
@@ -91,6 +94,7 @@ class Model:
         path: str | os.PathLike[str],
         *,
         n_gpu_layers: int | None = None,
+        rpc: str | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """Load a model.
@@ -99,18 +103,24 @@ class Model:
             path: a GGUF file; for a split one, its first part.
             n_gpu_layers: layers to run on the GPU, -1 for all. None: all where the installed llama.cpp
                 can offload, else 0.
+            rpc: RPC servers whose devices count as GPUs, "HOST:PORT,HOST:PORT". All models that the
+                process loads later use them too.
             progress: called with the fraction loaded, from 0 to 1.
 
         Raises:
             ModelNotFoundError: no such file.
             ModelFormatError: not a GGUF file, a damaged one, or not a model that writes text.
-            SettingError: n_gpu_layers out of range.
+            SettingError: n_gpu_layers out of range, rpc malformed or not built in.
+            EngineError: an RPC server cannot be reached.
         """
         if n_gpu_layers is not None and not -1 <= n_gpu_layers <= _MAX_GPU_LAYERS:
             raise SettingError(f"n_gpu_layers must be from -1 to {_MAX_GPU_LAYERS}, got {n_gpu_layers}")
+        servers = [] if rpc is None else parse_servers(rpc)
         self.path = Path(path)
         _check_magic(self.path)
         _set_up()
+        if servers:
+            add_servers(servers)
         if n_gpu_layers is None:
             n_gpu_layers = -1 if can_offload() else 0
         self.n_gpu_layers = n_gpu_layers

@@ -92,6 +92,7 @@ def batch(
     n_ctx: int | None,
     n_gpu_layers: int | None,
     n_threads: int | None,
+    rpc: str | None,
     **options: Any,
 ) -> None:
     """Answer every prompt of INPUT, realigned, several at a time.
@@ -109,6 +110,8 @@ def batch(
     """
     if workers is not None and address is None:
         raise click.UsageError("--workers needs --ray ADDRESS")
+    if rpc is not None and address is not None:
+        raise click.UsageError("--ray gives each worker a whole model, --rpc parts of one: choose")
     settings = settings_from(**options)
     from amulet_gguf.records import read_input, read_records
 
@@ -129,7 +132,7 @@ def batch(
     with LateBar("Loading the model") as bar:
         path = find_model(model)
         loaded = Model(
-            path, n_gpu_layers=n_gpu_layers, progress=lambda fraction: bar.update(fraction, 1.0)
+            path, n_gpu_layers=n_gpu_layers, rpc=rpc, progress=lambda fraction: bar.update(fraction, 1.0)
         )
     try:
         name = f"{path.name} {path.stat().st_size}"

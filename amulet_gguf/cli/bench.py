@@ -19,6 +19,7 @@ def bench(
     n_ctx: int | None,
     n_gpu_layers: int | None,
     n_threads: int | None,
+    rpc: str | None,
     rounds: int,
     as_json: bool,
 ) -> None:
@@ -30,7 +31,10 @@ def bench(
     from amulet_gguf.benchmark import measure
     from amulet_gguf.cli.terminal import LateBar
 
-    with loaded(model, n_ctx or 1024, n_gpu_layers, n_threads, 2) as amulet, LateBar("Measuring") as bar:
+    with (
+        loaded(model, n_ctx or 1024, n_gpu_layers, n_threads, 2, rpc) as amulet,
+        LateBar("Measuring") as bar,
+    ):
         result = measure(amulet, rounds, bar.update)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))

@@ -46,6 +46,7 @@ def compare(
     n_ctx: int | None,
     n_gpu_layers: int | None,
     n_threads: int | None,
+    rpc: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -72,7 +73,7 @@ def compare(
     pieces: dict[str, list[Piece]] = {name: [] for name in methods}
     n_branches = 1 + len(settings.prefer)
     n_sequences = 1 + len(settings.prefer) + 2 * n_branches
-    with loaded(model, n_ctx, n_gpu_layers, n_threads, n_sequences) as amulet:
+    with loaded(model, n_ctx, n_gpu_layers, n_threads, n_sequences, rpc) as amulet:
         live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="ellipsis")
         show = console.is_terminal and not as_json
 

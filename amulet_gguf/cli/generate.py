@@ -39,6 +39,7 @@ def generate(
     n_ctx: int | None,
     n_gpu_layers: int | None,
     n_threads: int | None,
+    rpc: str | None,
     as_json: bool,
     stats: bool | None,
     **options: Any,
@@ -59,7 +60,7 @@ def generate(
 
     output = Output()
     with (
-        loaded(model, n_ctx, n_gpu_layers, n_threads, 1 + len(settings.prefer)) as amulet,
+        loaded(model, n_ctx, n_gpu_layers, n_threads, 1 + len(settings.prefer), rpc) as amulet,
         LateBar("Reading the prompt") as bar,
         amulet.stream(text, settings=settings, on_prefill=bar.update) as stream,
     ):

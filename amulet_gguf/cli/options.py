@@ -68,6 +68,11 @@ model_options = _stack(
         help="Layers to run on the GPU, -1 for all. [default: all, if it can]",
     ),
     click.option("-t", "--n-threads", type=int, help="CPU threads. [default: physical cores]"),
+    click.option(
+        "--rpc",
+        metavar="HOST:PORT[,…]",
+        help="Spread the model over llama.cpp's RPC servers, on a network that you trust.",
+    ),
 )
 
 preference_options = _stack(
@@ -192,6 +197,7 @@ def loaded(
     n_gpu_layers: int | None,
     n_threads: int | None,
     n_sequences: int = 1,
+    rpc: str | None = None,
 ) -> Iterator[Amulet]:
     """Load the model that was asked for, with a progress bar if that takes long."""
     from amulet_gguf.amulet import Amulet
@@ -204,6 +210,7 @@ def loaded(
             n_gpu_layers=n_gpu_layers,
             n_threads=n_threads,
             n_sequences=n_sequences,
+            rpc=rpc,
             progress=lambda fraction: bar.update(fraction, 1.0),
         )
     with amulet:
