@@ -219,7 +219,7 @@ class Amulet:
         n_batch: int | None = None,
         n_sequences: int = 2,
     ) -> Amulet:
-        """Run a model that is loaded; arguments and errors as `load`."""
+        """Run a model that is loaded, and close it in the end; arguments and errors as `load`."""
         check_n_ctx(n_ctx)
         size = n_ctx or min(DEFAULT_N_CTX, model.n_ctx_train or DEFAULT_N_CTX)
 
