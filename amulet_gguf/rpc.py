@@ -9,6 +9,7 @@ import ctypes
 import re
 import socket
 import struct
+import sys
 import threading
 from importlib.metadata import version
 from typing import Final
@@ -20,9 +21,7 @@ _SERVER: Final = re.compile(
 )
 _MAX_SERVERS: Final = 16  # GGML_RPC_MAX_SERVERS
 _TIMEOUT: Final = 10.0  # seconds for a server to greet back
-_HELLO: Final = struct.pack(
-    "<BQ24x", 14, 24
-)  # command, size, what the connection can do: nothing special
+_HELLO: Final = struct.pack("<BQ24x", 14, 24)  # command, size, abilities of the connection: none
 _REPLY: Final = struct.pack("<QB", 28, 7)  # size, major version of the protocol
 _GPU, _IGPU = 1, 2  # enum ggml_backend_dev_type; servers count as the first
 _lock = threading.Lock()
@@ -52,15 +51,14 @@ def add_servers(servers: list[str]) -> None:
         SettingError: the installed llama.cpp was built without RPC.
         EngineError: a server cannot be reached, or is not one of this version.
     """
-    from llama_cpp import _ctypes_extensions, _ggml, llama_cpp
+    from llama_cpp import llama_cpp
 
     if not llama_cpp.llama_supports_rpc():
         raise SettingError(
             "the installed llama.cpp has no RPC: CMAKE_ARGS='-DGGML_RPC=on' pip install --no-cache-dir "
             f"--force-reinstall llama-cpp-python=={version('llama-cpp-python')}"
         )
-    ggml = _ggml.libggml
-    base = _ctypes_extensions.load_shared_library("ggml-base", _ggml.libggml_base_path)
+    ggml, base = _library("ggml"), _library("ggml-base")
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     by_name = ctypes.CFUNCTYPE(pointer, text)(("ggml_backend_reg_by_name", ggml))
     address = ctypes.CFUNCTYPE(pointer, pointer, text)(("ggml_backend_reg_get_proc_address", base))
@@ -98,9 +96,22 @@ def greet(server: str) -> None:
 
 def has_device() -> bool:
     """Tell whether llama.cpp knows a GPU, of this machine or of an RPC server."""
-    from llama_cpp import _ggml
-
-    by_type = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int)(
-        ("ggml_backend_dev_by_type", _ggml.libggml)
-    )
+    function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int)
+    by_type = function(("ggml_backend_dev_by_type", _library("ggml")))
     return bool(by_type(_GPU) or by_type(_IGPU))
+
+
+def _library(name: str) -> ctypes.CDLL:
+    """Return a library whose functions are those that llama.cpp itself uses.
+
+    pip installs copies where libggml.so has links: loaded by name, it is another one with a registry of
+    its own. What libllama depends on is found through libllama, but for Windows, which has no links.
+    """
+    from llama_cpp import _ctypes_extensions, _ggml, llama_cpp
+
+    library: ctypes.CDLL = (
+        _ctypes_extensions.load_shared_library(name, _ggml.libggml_base_path)
+        if sys.platform == "win32"
+        else llama_cpp._lib
+    )
+    return library

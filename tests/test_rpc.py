@@ -107,7 +107,7 @@ def test_without_rpc_the_cure_is_named(tiny: Tiny) -> None:
     result = CliRunner().invoke(main, ["generate", "hi", "-m", str(tiny("llama")), "--rpc", "h:1"])
     assert result.exit_code == 2
     assert "has no RPC" in result.stderr
-    assert can_offload() == bool(lib.llama_supports_gpu_offload())
+    assert rpc.has_device() == can_offload() == bool(lib.llama_supports_gpu_offload())
 
 
 def test_ray_and_rpc_exclude_each_other(tmp_path: Path) -> None:
