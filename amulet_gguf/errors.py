@@ -4,14 +4,17 @@
     ├── SettingError            a value the caller chose is unusable (also a ValueError)
     ├── ModelError
     │   ├── ModelNotFoundError  no file there, or no model named at all (also a FileNotFoundError)
-    │   └── ModelFormatError    not a GGUF file, a damaged one, or one that cannot write text
+    │   ├── ModelFormatError    not a GGUF file, a damaged one, or one that cannot write text
+    │   └── DownloadError       a model could not be fetched whole; what there is of it is kept
     ├── PromptError             empty, or refused by the model's chat template
     │   └── PromptTooLongError  more tokens than the context holds
     ├── EngineError             the runtime could not go on
     │   ├── NonFiniteLogitsError
     │   ├── QueueFullError      too many generations wait; those that run are not disturbed
     │   └── ClosedError
-    └── BatchError              the input or output of a batch cannot be used
+    ├── BatchError              the input or output of a batch cannot be used
+    ├── ConfigError             the configuration file cannot be used (names file, line and key)
+    └── SessionError            a saved conversation cannot be used
 
 Each message is one line that says what is wrong and what to do about it.
 """
@@ -37,6 +40,10 @@ class ModelNotFoundError(ModelError, FileNotFoundError):
 
 class ModelFormatError(ModelError):
     """The file is not a usable text-generation model in GGUF format."""
+
+
+class DownloadError(ModelError):
+    """A model could not be fetched: the network, the hub, the disk, or a wrong digest."""
 
 
 class PromptError(AmuletError):
@@ -86,3 +93,11 @@ class ClosedError(EngineError):
 
 class BatchError(AmuletError):
     """The input of a batch cannot be read, or its output belongs to something else."""
+
+
+class ConfigError(AmuletError):
+    """The configuration file has a mistake; the message names the file, the line and the key."""
+
+
+class SessionError(AmuletError):
+    """A saved conversation is missing, damaged, or from a newer version."""

@@ -1,0 +1,38 @@
+"""Where things are kept: the platform's folders, or all of them in $AMULET_HOME."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def _folder(platform_folder: str) -> Path:
+    home = os.environ.get("AMULET_HOME")
+    return Path(home).expanduser() if home else Path(platform_folder)
+
+
+def config_file() -> Path:
+    """The configuration: the default model and profiles."""
+    return _folder(platformdirs.user_config_dir("amulet", appauthor=False)) / "config.toml"
+
+
+def data_folder() -> Path:
+    """What was made or fetched and should be kept."""
+    return _folder(platformdirs.user_data_dir("amulet", appauthor=False))
+
+
+def models_folder() -> Path:
+    """Models that `amulet models pull` fetched, as OWNER/REPO/FILE.gguf."""
+    return data_folder() / "models"
+
+
+def sessions_folder() -> Path:
+    """Saved conversations."""
+    return data_folder() / "sessions"
+
+
+def history_file() -> Path:
+    """What was typed in `amulet chat`, for its line editor."""
+    return data_folder() / "history"
