@@ -47,7 +47,7 @@ def adapted(
     """
     if adapt == "none":
         return coefficients
-    reference_row = _mixed(logits, reference)
+    reference_row = mixed(logits, reference)
     if adapt == "entropy":
         share = 1.0 - np.exp(-_entropy(reference_row))
     else:
@@ -79,7 +79,8 @@ def withhold(
     out[tokens] = np.minimum(out[tokens], plain.astype(np.float32))
 
 
-def _mixed(logits: Float32Array, weights: Float64Array) -> Float32Array:
+def mixed(logits: Float32Array, weights: Float64Array) -> Float32Array:
+    """Return `weights @ logits`, a view where one row alone counts."""
     (used,) = np.nonzero(weights)
     if len(used) == 1:
         row: Float32Array = logits[used[0]]

@@ -14,7 +14,7 @@ import psutil
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.context import Context
 from amulet_gguf.engine import Engine
-from amulet_gguf.generation import Request
+from amulet_gguf.generation import Mixture, Request
 from amulet_gguf.llama import Model
 from amulet_gguf.preferences import coefficients
 from amulet_gguf.realign import Float32Array, combine
@@ -187,7 +187,10 @@ class _Steps:
     def _request(self) -> Request:
         weights = coefficients([1.0], Settings().strength)
         return Request(
-            [self._tokens, self._tokens[::-1].copy()], weights, (0.0, 1.0), 0.1, Sampler(), 10**6
+            [self._tokens, self._tokens[::-1].copy()],
+            Mixture(weights, (0.0, 1.0), 0.1),
+            Sampler(),
+            10**6,
         )
 
     def _decode(self, sequences: range) -> float:

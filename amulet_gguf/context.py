@@ -245,6 +245,73 @@ class Context:
             lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
             self._lengths[target] = self._lengths[source]
 
+    @property
+    def can_truncate(self) -> bool:
+        """Whether a sequence can be cut short: not those that a state stands for, not their tokens."""
+        model = self.model.handle
+        return not (lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model))
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a sequence.
+
+        Raises:
+            EngineError: no such sequence or length, rows wait for `decode`, or the model cannot.
+        """
+        self._check_open()
+        if not 0 <= sequence < self.n_sequences or not 0 <= length <= self._lengths[sequence]:
+            raise EngineError(f"sequence {sequence} does not hold {length} tokens")
+        if self._n_rows:
+            raise EngineError("rows wait to be decoded: cut sequences before adding rows")
+        if length == self._lengths[sequence]:
+            return
+        if length > 0 and not (
+            self.can_truncate and lib.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        ):
+            raise EngineError("the model's memory cannot be cut: free the sequence and read it again")
+        if length == 0:
+            self.free(sequence)
+        self._lengths[sequence] = length
+
+    def save(self, sequence: int) -> bytes:
+        """Return the memory of a sequence, for `restore` of a context of the same model.
+
+        Raises:
+            EngineError: no such sequence, or rows wait for `decode`.
+        """
+        self._check_open()
+        if not 0 <= sequence < self.n_sequences or self._n_rows:
+            raise EngineError(f"sequence {sequence} cannot be saved now")
+        size = lib.llama_state_seq_get_size(self._context, sequence)
+        data = np.empty(size, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = lib.llama_state_seq_get_data(self._context, pointer, size, sequence)
+        if written != size:
+            raise EngineError(f"llama.cpp saved {written} of {size} bytes of a sequence")
+        return data.tobytes()
+
+    def restore(self, sequence: int, data: bytes, length: int) -> None:
+        """Make a sequence hold what was saved; `length` is how many tokens that is.
+
+        llama.cpp ends the process on damaged data: check where it comes from.
+
+        Raises:
+            EngineError: no such sequence, rows wait for `decode`, or the data do not fit.
+        """
+        self._check_open()
+        if not 0 <= sequence < self.n_sequences or self._n_rows:
+            raise EngineError(f"sequence {sequence} cannot be restored now")
+        if length > self.n_ctx:
+            raise EngineError(f"{length} tokens do not fit into a context of {self.n_ctx}")
+        self.free(sequence)
+        array = np.frombuffer(data, np.uint8)
+        pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        read = lib.llama_state_seq_set_data(self._context, pointer, len(data), sequence)
+        end = lib.llama_memory_seq_pos_max(self._memory, sequence)
+        if read == 0 or end + 1 != length:
+            self.free(sequence)
+            raise EngineError(f"llama.cpp could not restore {length} tokens of a saved conversation")
+        self._lengths[sequence] = length
+
     def free(self, sequence: int) -> None:
         """Empty a sequence."""
         self._check_open()

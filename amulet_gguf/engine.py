@@ -7,17 +7,30 @@ distribution, samples a token, and gives that token back to all branches of its 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator
 from itertools import pairwise
+from typing import Final
 
 import numpy as np
 
 from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError, QueueFullError
-from amulet_gguf.generation import Context, Generation, Piece, Request, Vocabulary
+from amulet_gguf.generation import (
+    Context,
+    Generation,
+    Piece,
+    Request,
+    Tokens,
+    Vocabulary,
+    common_prefix,
+)
 from amulet_gguf.realign import Float32Array
+
+# Below this, what a sequence holds is not worth a copy of it.
+_MIN_REUSED: Final = 16
 
 
 class Engine:
@@ -46,6 +59,7 @@ class Engine:
         self._row = np.empty(vocabulary.n_vocab, np.float32)
         self._waiting: deque[Generation] = deque()
         self._live: list[Generation] = []  # in the order of their sequences
+        self._held: dict[int, Tokens] = {}  # what sequences hold that no generation has
         self._lock = threading.RLock()
         self._is_closed = False
         self._is_stepping = False  # this thread is inside `step`: a collected stream may cancel there
@@ -84,12 +98,46 @@ class Engine:
                 if self._live:
                     raise EngineError("the context cannot grow while a generation is running")
                 before = self._context.n_sequences
+                kept = self._longest_held()
+                self._held.clear()
                 self._context.close()  # first: two caches might not fit into memory
                 try:
                     self._context = self._make_context(n_sequences)
                 except BaseException:
                     self._context = self._make_context(before)
                     raise
+                finally:
+                    with contextlib.suppress(EngineError):  # then it is read again
+                        if kept is not None:
+                            self._restore(0, *kept)
+
+    def save(self, prompt: Tokens) -> tuple[Tokens, bytes] | None:
+        """Return the longest beginning of a prompt that a free sequence holds, and its memory.
+
+        What the sequence holds beyond it is left out, if the model can cut it. None: nothing of it.
+        """
+        with self._lock:
+            self._check_open()
+            found = [(self._usable(held, prompt), sequence) for sequence, held in self._held.items()]
+            length, sequence = max(found, default=(0, 0))
+            if length == 0:
+                return None
+            self._context.truncate(sequence, length)
+            self._held[sequence] = prompt[:length]
+            return self._held[sequence], self._context.save(sequence)
+
+    def restore(self, tokens: Tokens, data: bytes) -> None:
+        """Let a free sequence hold what was saved, for a generation that reuses it.
+
+        Raises:
+            EngineError: the data do not belong to this model, or no sequence is free.
+        """
+        with self._lock:
+            self._check_open()
+            sequence = self._find_gap(1)
+            if sequence is None:
+                raise EngineError("all sequences are in use: try again when a generation has ended")
+            self._restore(sequence, tokens, data)
 
     def submit(self, request: Request) -> Generation:
         """Queue a request; `step` or `stream` runs it.
@@ -227,10 +275,11 @@ class Engine:
                     generation.fail(error)
                     self._waiting.popleft()
                     continue
-            first = self._find_gap(generation.n_branches)
+            first = self._find_place(generation)
             if first is None:
                 break
             generation.first_sequence = first
+            self._resume(generation)
             generation.started_at = time.perf_counter()
             self._live.append(generation)
             self._live.sort(key=lambda g: g.first_sequence)
@@ -240,18 +289,90 @@ class Engine:
 
     def _find_gap(self, size: int) -> int | None:
         """Return where `size` neighbouring sequences are free, making such a place if need be."""
-        start = 0
-        for generation in self._live:
-            if generation.first_sequence - start >= size:
-                return start
-            start = generation.sequences.stop
-        if self._context.n_sequences - start >= size:
-            return start
+        taken = {sequence for generation in self._live for sequence in generation.sequences}
+        starts = range(self._context.n_sequences - size + 1)
+        free = [start for start in starts if taken.isdisjoint(range(start, start + size))]
+        if free:  # where least is lost that could be of use again
+            return min(free, key=lambda start: self._n_held(range(start, start + size)))
         used = sum(generation.n_branches for generation in self._live)
         if self._context.n_sequences - used >= size:
             self._pack()
             return used
         return None
+
+    def _n_held(self, sequences: range) -> int:
+        return sum(len(self._held[s]) for s in sequences if s in self._held)
+
+    def _find_place(self, generation: Generation) -> int | None:
+        """Return the first of the sequences for a generation, or None while there are too few."""
+        if generation.request.reuse:
+            source, n = self._source(generation)
+            sequences = range(source, source + generation.n_branches)
+            if (
+                n
+                and sequences.stop <= self._context.n_sequences
+                and not any(set(live.sequences) & set(sequences) for live in self._live)
+            ):
+                return source
+        return self._find_gap(generation.n_branches)
+
+    def _usable(self, held: Tokens, prompt: Tokens) -> int:
+        """Return how much of a prompt a sequence saves that holds `held`."""
+        n = common_prefix(held, prompt)
+        return n if n == len(held) or self._context.can_truncate else 0
+
+    def _source(self, generation: Generation) -> tuple[int, int]:
+        """Return the sequence that holds most of what a generation's branches share, and how much."""
+        prompt = generation.request.branches[0]
+        shared = prompt[: generation.n_shared if generation.n_branches > 1 else len(prompt) - 1]
+        holdings = dict(self._held)
+        for live in self._live:
+            for branch, sequence in enumerate(live.sequences):
+                holdings[sequence] = live.holding(branch, self._context.length(sequence))
+        usable = {sequence: self._usable(held, shared) for sequence, held in holdings.items()}
+        source = max(usable, key=lambda sequence: (usable[sequence], -sequence), default=0)
+        n = usable.get(source, 0)
+        return source, n if n >= _MIN_REUSED else 0
+
+    def _resume(self, generation: Generation) -> None:
+        """Begin with what sequences hold of the prompts already, in the way that leaves least to read.
+
+        Either the shared prefix begins with what some sequence holds of it, or each branch with what
+        its own place holds.
+        """
+        sequences = generation.sequences
+        own, source, n = [0] * len(sequences), 0, 0
+        if generation.request.reuse:
+            source, n = self._source(generation)
+            own = [
+                self._usable(self._held[sequence], prompt[:-1]) if sequence in self._held else 0
+                for sequence, prompt in zip(sequences, generation.request.branches, strict=True)
+            ]
+        unshared = (len(sequences) - 1) * generation.n_shared  # read again if nothing is shared
+        if sum(own) - unshared > n:
+            generation.skip_each(own)
+        else:
+            own = [n] + [0] * (len(sequences) - 1)
+            if n:
+                self._context.copy(source, sequences[0])
+                generation.skip(n)
+        for sequence, length in zip(sequences, own, strict=True):
+            self._held.pop(sequence, None)
+            if length:
+                self._context.truncate(sequence, length)
+            else:
+                self._context.free(sequence)
+
+    def _longest_held(self) -> tuple[Tokens, bytes] | None:
+        if not self._held:
+            return None
+        sequence = max(self._held, key=lambda sequence: len(self._held[sequence]))
+        return self._held[sequence], self._context.save(sequence)
+
+    def _restore(self, sequence: int, tokens: Tokens, data: bytes) -> None:
+        self._held.pop(sequence, None)
+        self._context.restore(sequence, data, len(tokens))
+        self._held[sequence] = tokens
 
     def _pack(self) -> None:
         """Move generations to the lowest sequences, leaving no gap between them.
@@ -268,6 +389,7 @@ class Engine:
             generation = rest.pop() if gap == rest[-1].n_branches else rest.popleft()
             if generation.first_sequence != start:
                 for offset, source in enumerate(generation.sequences):
+                    self._held.pop(start + offset, None)
                     self._context.copy(source, start + offset)
                     self._context.free(source)
                 generation.first_sequence = start
@@ -279,8 +401,13 @@ class Engine:
         """Free the sequences of generations that have ended."""
         for generation in self._live:
             if generation.is_finished:
-                for sequence in generation.sequences:
-                    self._context.free(sequence)
+                is_kept = generation.request.reuse and generation.error is None
+                for branch, sequence in enumerate(generation.sequences):
+                    length = self._context.length(sequence)
+                    if is_kept and length:
+                        self._held[sequence] = generation.holding(branch, length)
+                    else:
+                        self._context.free(sequence)
         self._live = [g for g in self._live if not g.is_finished]
 
     def _abandon(self, error: BaseException) -> None:
@@ -290,5 +417,6 @@ class Engine:
         for generation in self._live:
             generation.fail(error)
         self._live.clear()
+        self._held.clear()
         if not self._is_closed:
             self._context.clear()

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amulet_gguf.adaptive import Adapt, adapted, withhold
+from amulet_gguf.explaining import Explanation, explain
 from amulet_gguf.realign import Float32Array, combine_unchecked, log_plausibility
 from amulet_gguf.sampling import Sampler
 from amulet_gguf.text import TextAssembler
@@ -44,7 +45,12 @@ class Context(Protocol):
     def length(self, sequence: int) -> int: ...
     def add(self, sequence: int, tokens: Tokens, *, output: bool) -> None: ...
     def decode(self) -> Float32Array: ...
+    @property
+    def can_truncate(self) -> bool: ...
     def copy(self, source: int, target: int) -> None: ...
+    def truncate(self, sequence: int, length: int) -> None: ...
+    def save(self, sequence: int) -> bytes: ...
+    def restore(self, sequence: int, data: bytes, length: int) -> None: ...
     def free(self, sequence: int) -> None: ...
     def clear(self) -> None: ...
     def close(self) -> None: ...
@@ -60,12 +66,52 @@ class Piece:
         changed: the token is not the one that ordinary prompting ranks first at this point.
         finish_reason: set on the last piece: "stop" (end of text, or a stop string), "length"
             (max_tokens or the context is used up), "cancelled".
+        explanation: what realignment did here, where the request asked for it.
     """
 
     text: str
     token: int | None = None
     changed: bool = False
     finish_reason: FinishReason | None = None
+    explanation: Explanation | None = None
+
+
+class Mixture:
+    """How the logits of B branches become one distribution.
+
+    Attributes:
+        coefficients: (B,) float64, summing to 1 (see `amulet_gguf.realign.combine`).
+        reference: (B,) of the reference distribution, summing to 1; judges plausibility and `changed`.
+        margin: of plausibility, in nats.
+        adapt: how far each token goes from `anchor` to `coefficients`.
+        anchor: (B,) coefficients without extrapolation; needed unless adapt is "none".
+        withheld: tokens that are not amplified.
+    """
+
+    def __init__(
+        self,
+        coefficients: Sequence[float],
+        reference: Sequence[float],
+        plausibility: float = 0.0,
+        *,
+        adapt: Adapt = "none",
+        anchor: Sequence[float] = (),
+        withheld: Tokens | None = None,
+    ) -> None:
+        self.coefficients = np.array(coefficients, np.float64)
+        self.reference = np.array(reference, np.float64)
+        self.margin = log_plausibility(plausibility)
+        self.adapt = adapt
+        self.anchor = np.array(anchor, np.float64)
+        self.withheld = withheld
+
+    def combine(self, logits: Float32Array, out: Float32Array) -> int:
+        """Combine (B, V) logits into `out` (V,); return the best token of ordinary prompting."""
+        coefficients = adapted(logits, self.coefficients, self.anchor, self.reference, self.adapt)
+        prompted = combine_unchecked(logits, coefficients, self.margin, self.reference, out)
+        if self.withheld is not None:
+            withhold(logits, coefficients, self.reference, self.withheld, out)
+        return prompted
 
 
 @dataclass(frozen=True)
@@ -74,30 +120,30 @@ class Request:
 
     Attributes:
         branches: prompt of each branch, (n,) int32 with n >= 1.
-        coefficients: of the branches' logits, summing to 1 (see `amulet_gguf.realign.combine`).
-        reference: of the reference distribution, summing to 1; judges plausibility and `changed`.
-        plausibility: from 0 to 1.
+        mixture: of the branches.
         sampler: chooses the tokens; belongs to this generation alone.
         max_tokens: length of the answer at most, >= 1.
         stop: stop strings, none of them empty.
+        reuse: begin from what sequences hold of the prompts already, and leave there what this one
+            read and wrote. The answer can differ in near ties: sums are in another order.
+        n_alternatives: explain each token with so many of each distribution's best; 0: do not.
     """
 
     branches: Sequence[Tokens]
-    coefficients: Sequence[float]
-    reference: Sequence[float]
-    plausibility: float
+    mixture: Mixture
     sampler: Sampler
     max_tokens: int
     stop: Sequence[str] = ()
-    adapt: Adapt = "none"
-    anchor: Sequence[float] = ()
-    withheld: Tokens | None = None
+    reuse: bool = False
+    n_alternatives: int = 0
 
 
 class Generation:
     """A request on its way through the engine.
 
     Attributes:
+        request: what was asked for.
+        mixture: of the next token; may be replaced by one of as many branches at any time.
         pieces: what was produced and not yet taken.
         finish_reason: None while it runs or if it failed.
         error: why it failed, or None.
@@ -109,6 +155,8 @@ class Generation:
     """
 
     def __init__(self, request: Request) -> None:
+        self.request = request
+        self.mixture = request.mixture
         self.pieces: deque[Piece] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
@@ -120,11 +168,7 @@ class Generation:
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
 
-        self._request = request
-        self._coefficients = np.array(request.coefficients, np.float64)
-        self._reference = np.array(request.reference, np.float64)
-        self._anchor = np.array(request.anchor, np.float64)
-        self._margin = log_plausibility(request.plausibility)
+        self._written: list[int] = []
         self._text = TextAssembler(request.stop)
         self.first_sequence = -1  # its branches are neighbours from here on
         self.n_shared = _shared_prefix(request.branches)  # left to read in the first branch alone
@@ -135,7 +179,7 @@ class Generation:
 
     @property
     def n_branches(self) -> int:
-        return len(self._request.branches)
+        return len(self.request.branches)
 
     @property
     def sequences(self) -> range:
@@ -144,6 +188,32 @@ class Generation:
     @property
     def is_finished(self) -> bool:
         return self.finished_at is not None
+
+    def holding(self, branch: int, length: int) -> Tokens:
+        """Return the first `length` tokens of a branch: its prompt and what was written."""
+        return np.concatenate([self.request.branches[branch], np.array(self._written, np.int32)])[
+            :length
+        ]
+
+    def skip(self, n: int) -> None:
+        """Leave out n tokens of the shared prefix, or of the only prompt: its sequence holds them."""
+        self.pending[0] = self.pending[0][n:]
+        self.n_prefill -= n
+        if self.n_shared:
+            self.n_shared -= n
+            self._strip_shared()
+
+    def skip_each(self, counts: Sequence[int]) -> None:
+        """Leave out so many tokens of each branch: their sequences hold them. Nothing is shared."""
+        self.pending = [tokens[n:] for tokens, n in zip(self.pending, counts, strict=True)]
+        self.n_prefill = sum(map(len, self.pending))
+        self.n_shared = 0
+        self._is_split = True
+
+    def _strip_shared(self) -> None:
+        if self.n_shared == 0:  # the other branches will get what the first has read
+            read = self.request.branches[0].size - self.pending[0].size
+            self.pending[1:] = [tokens[read:] for tokens in self.pending[1:]]
 
     def split(self, context: Context) -> None:
         """Give the prefix that was read once to all branches, when it has been read."""
@@ -179,9 +249,7 @@ class Generation:
                 self.pending[branch] = tokens[take:]
         if self.n_shared:
             self.n_shared -= takes[0]
-            if self.n_shared == 0:  # the other branches will get what the first has read
-                read = self._request.branches[0].size - self.pending[0].size
-                self.pending[1:] = [tokens[read:] for tokens in self.pending[1:]]
+            self._strip_shared()
         if self.n_tokens == 0:
             self.n_read += sum(takes)
         return ready
@@ -193,27 +261,32 @@ class Generation:
             logits: (B, V) of the branches.
             row: (V,) work space.
         """
-        coefficients, reference = self._coefficients, self._reference
-        if self._request.adapt != "none":
-            coefficients = adapted(logits, coefficients, self._anchor, reference, self._request.adapt)
-        prompted = combine_unchecked(logits, coefficients, self._margin, reference, row)
-        if self._request.withheld is not None:
-            withhold(logits, coefficients, reference, self._request.withheld, row)
-        token = self._request.sampler.sample(row)
+        mixture = self.mixture  # once: another thread may replace it
+        prompted = mixture.combine(logits, row)
+        n_alternatives = self.request.n_alternatives
+        combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
+        token = self.request.sampler.sample(row)
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         if vocabulary.ends_generation(token):
             self.finish("stop")
             return
+        explanation = None
+        if n_alternatives:
+            explanation = explain(
+                logits, mixture.reference, combined, token, vocabulary.token_bytes, n_alternatives
+            )
+        changed = token != prompted
         self.n_tokens += 1
+        self._written.append(token)
         self.pending = [np.array([token], np.int32)] * self.n_branches
         text = self._text.push(vocabulary.token_bytes(token))
         if self._text.stopped:
-            self.finish("stop", text, token, token != prompted)
-        elif self.n_tokens >= self._request.max_tokens:
-            self.finish("length", text, token, token != prompted)
+            self.finish("stop", text, token, changed, explanation)
+        elif self.n_tokens >= self.request.max_tokens:
+            self.finish("length", text, token, changed, explanation)
         else:
-            self.pieces.append(Piece(text, token, token != prompted))
+            self.pieces.append(Piece(text, token, changed, None, explanation))
 
     def finish(
         self,
@@ -221,11 +294,12 @@ class Generation:
         text: str = "",
         token: int | None = None,
         changed: bool = False,
+        explanation: Explanation | None = None,
     ) -> None:
         """End with a last piece, which carries all text that was held back."""
         if not self.is_finished:
             text += self._text.push(b"", final=True)
-            self.pieces.append(Piece(text, token, changed, reason))
+            self.pieces.append(Piece(text, token, changed, reason, explanation))
             self.finish_reason = reason
             self.finished_at = time.perf_counter()
 
@@ -240,10 +314,12 @@ def _shared_prefix(branches: Sequence[Tokens]) -> int:
     """Return how many leading tokens to read once for all branches; each keeps one of its own."""
     if len(branches) == 1:
         return 0
-    size = min(map(len, branches)) - 1
-    first = branches[0][:size]
-    same = np.ones(size, np.bool_)
-    for branch in branches[1:]:
-        same &= first == branch[:size]
-    shared = size if same.all() else int(same.argmin())
+    shared = min(common_prefix(branches[0][:-1], branch[:-1]) for branch in branches[1:])
     return shared if shared >= _MIN_SHARED else 0
+
+
+def common_prefix(first: Tokens, second: Tokens) -> int:
+    """Return how many leading tokens two sequences have in common."""
+    size = min(len(first), len(second))
+    same = first[:size] == second[:size]
+    return size if same.all() else int(same.argmin())

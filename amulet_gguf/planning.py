@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from amulet_gguf.echo import echo_tokens
-from amulet_gguf.generation import Request
+from amulet_gguf.generation import Mixture, Request
 from amulet_gguf.llama import Model
-from amulet_gguf.preferences import coefficients, realign
-from amulet_gguf.prompting import ChatTemplate, Message, conversation, with_preference
+from amulet_gguf.preferences import Realignment, coefficients, realign
+from amulet_gguf.prompting import ChatTemplate, Encoded, Message, conversation, with_preference
 from amulet_gguf.sampling import Sampler
 from amulet_gguf.settings import Settings
 
@@ -26,31 +26,36 @@ class Planner:
         self._model = model
 
     def request(
-        self, prompt: str | None, messages: Sequence[Message] | None, settings: Settings
+        self,
+        prompt: str | None,
+        messages: Sequence[Message] | None,
+        settings: Settings,
+        *,
+        is_live: bool = False,
+        known: Encoded | None = None,
+        n_alternatives: int = 0,
     ) -> Request:
         """Return the request for a prompt or a conversation.
+
+        Args:
+            is_live: for a conversation that goes on: what is held of it is reused, and all branches are
+                kept whatever the strength, which may change while the answer is written.
+            known: see `ChatTemplate.encode`.
+            n_alternatives: see `Request`.
 
         Raises:
             PromptError: neither or both are given, or they cannot be made into a prompt.
         """
-        weights = [preference.weight for preference in settings.prefer]
-        plan = realign(weights, settings.strength, settings.plausibility)
+        plan = _plan(settings, is_live)
         texts = [None, *(preference.text for preference in settings.prefer)]
         placement = settings.placement if settings.prefer else "turn"
         checked = conversation(prompt, messages, settings.system)
-        is_extrapolated = any(not 0 <= amount <= 1 for amount in plan.coefficients)
-        anchor = coefficients(weights, min(max(settings.strength, 0.0), 1.0))
-        withheld = None
-        if settings.withhold_echo and is_extrapolated:
-            withheld = echo_tokens(self._model, [p.text for p in settings.prefer if p.weight > 0])
         return Request(
             branches=[
-                self.template.encode(with_preference(checked, texts[branch], placement))
+                self.template.encode(with_preference(checked, texts[branch], placement), known).tokens
                 for branch in plan.branches
             ],
-            coefficients=plan.coefficients,
-            reference=plan.reference,
-            plausibility=plan.plausibility,
+            mixture=self._mixture(settings, plan),
             sampler=Sampler(
                 temperature=settings.temperature,
                 top_k=settings.top_k,
@@ -62,7 +67,31 @@ class Planner:
             ),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
+            reuse=is_live,
+            n_alternatives=n_alternatives,
+        )
+
+    def mixture(self, settings: Settings) -> Mixture:
+        """Return the mixture of all branches, for a live generation of as many preferences."""
+        return self._mixture(settings, _plan(settings, True))
+
+    def _mixture(self, settings: Settings, plan: Realignment) -> Mixture:
+        weights = [preference.weight for preference in settings.prefer]
+        is_extrapolated = any(not 0 <= amount <= 1 for amount in plan.coefficients)
+        anchor = coefficients(weights, min(max(settings.strength, 0.0), 1.0))
+        withheld = None
+        if settings.withhold_echo and is_extrapolated:
+            withheld = echo_tokens(self._model, [p.text for p in settings.prefer if p.weight > 0])
+        return Mixture(
+            plan.coefficients,
+            plan.reference,
+            plan.plausibility,
             adapt=settings.adapt if is_extrapolated else "none",
             anchor=[anchor[branch] for branch in plan.branches],
             withheld=withheld,
         )
+
+
+def _plan(settings: Settings, keep_branches: bool) -> Realignment:
+    weights = [preference.weight for preference in settings.prefer]
+    return realign(weights, settings.strength, settings.plausibility, keep_branches=keep_branches)

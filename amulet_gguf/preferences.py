@@ -165,18 +165,22 @@ class Realignment:
     plausibility: float
 
 
-def realign(weights: Sequence[float], strength: float, plausibility: float) -> Realignment:
+def realign(
+    weights: Sequence[float], strength: float, plausibility: float, *, keep_branches: bool = False
+) -> Realignment:
     """Plan a generation: strength 0 decodes the base alone, one preference at strength 1 itself alone.
 
     Where all coefficients lie between 0 and 1, the result is a mean of the branches. It promotes no
-    token that all of them find improbable, so plausibility is left out, and so are unused branches.
+    token that all of them find improbable, so plausibility is left out, and so are unused branches,
+    unless `keep_branches`: the strength may then change at any token.
     """
     amounts = coefficients(weights, strength)
     reference = coefficients(weights, 1.0)
     branches = tuple(range(len(amounts)))
     if all(0 <= amount <= 1 for amount in amounts):
         plausibility = 0.0
-        branches = tuple(branch for branch in branches if amounts[branch] != 0)
+        if not keep_branches:
+            branches = tuple(branch for branch in branches if amounts[branch] != 0)
         if any(reference[branch] != 0 for branch in range(len(amounts)) if branch not in branches):
             reference = amounts
     return Realignment(

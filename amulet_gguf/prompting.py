@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
 from typing import Any, Final, Protocol
@@ -57,6 +58,14 @@ class Vocabulary(Protocol):
     def special_texts(self) -> list[str]: ...
     def token_text(self, token: int) -> str: ...
     def tokenize(self, text: str, *, special: bool = ...) -> Tokens: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered conversation: its text, and (n,) int32 token ids."""
+
+    text: str
+    tokens: Tokens
 
 
 def conversation(
@@ -159,8 +168,13 @@ class ChatTemplate:
         texts = [re.escape(text) for text in self._vocabulary.special_texts() if len(text) > 1]
         return re.compile(f"(?={'|'.join(texts)})." if texts else "(?!)", re.DOTALL)
 
-    def encode(self, messages: Sequence[Message]) -> Tokens:
-        """Return the prompt of a conversation as (n,) int32 token ids, n >= 1.
+    def encode(self, messages: Sequence[Message], known: Encoded | None = None) -> Encoded:
+        """Return the prompt of a conversation, with n >= 1 tokens.
+
+        Args:
+            known: tokens of a text that the prompt may begin with, such as that of the turns before.
+                A model can write a text in other tokens than its tokenizer would, and those that it
+                wrote are the ones that its memory holds.
 
         Raises:
             PromptError: the template refuses the conversation, fails, or takes too long.
@@ -179,12 +193,24 @@ class ChatTemplate:
             raise PromptError(f"the model's chat template made a prompt of {len(text)} characters")
         if not text.strip(f"{_CUT} \r\n\t"):
             raise PromptError("the model's chat template made an empty prompt")
-        parts = [self._vocabulary.tokenize(part, special=True) for part in text.split(_CUT)]
-        tokens = np.concatenate(parts)
+        # Only where a special token follows is it certain that no token spans the place.
+        if known and text.startswith(known.text) and self._special.match(text, len(known.text)):
+            added = self._tokenize(text[len(known.text) :])
+            return Encoded(text, np.concatenate([known.tokens, added]))
+        tokens = self._tokenize(text)
         bos = self._vocabulary.bos
         if self._vocabulary.adds_bos and bos >= 0 and (not len(tokens) or tokens[0] != bos):
             tokens = np.concatenate([np.array([bos], np.int32), tokens])
-        return tokens
+        return Encoded(text, tokens)
+
+    def answered(self, prompt: Encoded, answer: str, tokens: Sequence[int]) -> Encoded:
+        """Return a prompt with an answer to it, as the next prompt of the conversation may begin."""
+        text = self._defuse({"role": "assistant", "content": answer})["content"]
+        return Encoded(prompt.text + text, np.concatenate([prompt.tokens, np.array(tokens, np.int32)]))
+
+    def _tokenize(self, text: str) -> Tokens:
+        parts = [self._vocabulary.tokenize(part, special=True) for part in text.split(_CUT)]
+        return np.concatenate(parts)
 
     def _defuse(self, message: Message) -> dict[str, str]:
         """Cut the names of special tokens in two, so that tokenization cannot recognize them."""

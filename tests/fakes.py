@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amulet_gguf.errors import EngineError
-from amulet_gguf.generation import Request
+from amulet_gguf.generation import Mixture, Request
 from amulet_gguf.sampling import Sampler
 
 Tokens = npt.NDArray[np.int32]
@@ -61,6 +61,7 @@ class FakeContext:
     batches: list[list[tuple[int, int]]] = field(default_factory=list)
     error: BaseException | None = None
     is_closed: bool = False
+    can_truncate: bool = True
 
     def __post_init__(self) -> None:
         assert 1 <= self.n_sequences <= self.n_batch
@@ -96,6 +97,23 @@ class FakeContext:
             assert outputs == list(range(outputs[0], outputs[0] + len(outputs)))
         rows = [logits_after(self.held[sequence]) for sequence in outputs]
         return np.array(rows, np.float32).reshape(len(rows), N_VOCAB)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        assert not self.is_closed
+        assert not self._added
+        assert self.can_truncate or length in (0, len(self.held[sequence]))
+        assert 0 <= length <= len(self.held[sequence])
+        del self.held[sequence][length:]
+
+    def save(self, sequence: int) -> bytes:
+        assert not self.is_closed
+        assert not self._added
+        return bytes(self.held[sequence])
+
+    def restore(self, sequence: int, data: bytes, length: int) -> None:
+        assert not self.is_closed
+        assert len(data) == length <= self.n_ctx
+        self.held[sequence] = list(data)
 
     def copy(self, source: int, target: int) -> None:
         assert not self.is_closed
@@ -145,17 +163,21 @@ def request(
     max_tokens: int = 20,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    reuse: bool = False,
 ) -> Request:
     """A request with the strength shared out evenly; greedy without a seed."""
     others = len(branches) - 1
     return Request(
         branches=[np.array(branch, np.int32) for branch in branches],
-        coefficients=[1 - strength, *[strength / others] * others] if others else [1.0],
-        reference=[0.0, *[1 / others] * others] if others else [1.0],
-        plausibility=plausibility,
+        mixture=Mixture(
+            [1 - strength, *[strength / others] * others] if others else [1.0],
+            [0.0, *[1 / others] * others] if others else [1.0],
+            plausibility,
+        ),
         sampler=Sampler(0.0 if seed is None else 1.5, seed=seed),
         max_tokens=max_tokens,
         stop=stop,
+        reuse=reuse,
     )
 
 
@@ -166,10 +188,10 @@ def alone(asked: Request, seed: int | None = None, n_ctx: int = 64) -> tuple[lis
     written: list[int] = []
     while True:
         rows = np.array([logits_after(tokens) for tokens in held], np.float64)
-        mixed = sum(weight * row for weight, row in zip(asked.coefficients, rows, strict=True))
-        judged = sum(weight * row for weight, row in zip(asked.reference, rows, strict=True))
-        if asked.plausibility:
-            mixed[judged < judged.max() + np.log(asked.plausibility)] = -np.inf
+        mixed = sum(weight * row for weight, row in zip(asked.mixture.coefficients, rows, strict=True))
+        judged = sum(weight * row for weight, row in zip(asked.mixture.reference, rows, strict=True))
+        if np.isfinite(asked.mixture.margin):
+            mixed[judged < judged.max() + asked.mixture.margin] = -np.inf
         token = sampler.sample(mixed.astype(np.float32))
         if token == END:
             return written, "stop"

@@ -123,8 +123,8 @@ def test_a_strength_adapts_from_where_nothing_is_extrapolated(
 ) -> None:
     settings = Settings(prefer="concise", strength=strength)  # type: ignore[arg-type]
     request = Planner(tiny_model).request("Why?", None, settings)
-    assert tuple(request.anchor) == anchor
-    assert request.adapt == "divergence"
+    assert tuple(request.mixture.anchor) == anchor
+    assert request.mixture.adapt == "divergence"
 
 
 @pytest.mark.parametrize("strength", [0, 0.5, 1])
@@ -133,5 +133,5 @@ def test_without_extrapolation_there_is_nothing_to_adapt_or_withhold(
 ) -> None:
     settings = Settings(prefer="concise", strength=strength)  # type: ignore[arg-type]
     request = Planner(tiny_model).request("Why?", None, settings)
-    assert request.adapt == "none"
-    assert request.withheld is None
+    assert request.mixture.adapt == "none"
+    assert request.mixture.withheld is None

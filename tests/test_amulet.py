@@ -114,7 +114,7 @@ def test_branches_read_what_contexts_of_their_own_read(
     messages = conversation(PROMPT, None, None)
     differences = []
     for branch, text in enumerate((None, PRESETS["creative"])):
-        pending = template.encode(with_preference(messages, text, "turn"))
+        pending = template.encode(with_preference(messages, text, "turn")).tokens
         with Context(amulet.model, n_ctx=256, n_sequences=1) as context:
             for logits, piece in zip(seen, answer.pieces, strict=True):
                 context.add(0, pending, output=True)

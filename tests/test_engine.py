@@ -32,7 +32,7 @@ from amulet_gguf.errors import (
     NonFiniteLogitsError,
     PromptTooLongError,
 )
-from amulet_gguf.generation import Generation, Piece, Request
+from amulet_gguf.generation import Generation, Mixture, Piece, Request
 from amulet_gguf.llama import Model
 from amulet_gguf.sampling import Sampler
 
@@ -638,7 +638,8 @@ STORY = "the people of the old house by the sea were learning to read and write 
 
 def real_request(branches: Sequence[llama.Tokens], max_tokens: int = 24) -> Request:
     plain = request([[0]] * len(branches), strength=2.0, max_tokens=max_tokens)
-    return Request(branches, plain.coefficients, plain.reference, 0.1, Sampler(), max_tokens=max_tokens)
+    mixture = Mixture(plain.mixture.coefficients, plain.mixture.reference, 0.1)  # type: ignore[arg-type]
+    return Request(branches, mixture, Sampler(), max_tokens=max_tokens)
 
 
 def read_alone(model: Model, make_context: MakeContext, asked: Request) -> list[int]:
@@ -651,9 +652,9 @@ def read_alone(model: Model, make_context: MakeContext, asked: Request) -> list[
         for context, branch in zip(contexts, branches, strict=True):
             context.add(0, branch, output=True)
             rows.append(context.decode()[0].astype(np.float64))
-        mixed = np.array(asked.coefficients) @ rows
-        judged = np.array(asked.reference) @ rows
-        mixed[judged < judged.max() + np.log(asked.plausibility)] = -np.inf
+        mixed = np.array(asked.mixture.coefficients) @ rows
+        judged = np.array(asked.mixture.reference) @ rows
+        mixed[judged < judged.max() + asked.mixture.margin] = -np.inf
         token = int(mixed.argmax())
         if model.ends_generation(token):
             break

@@ -40,7 +40,7 @@ class WithTemplate:
 
 def render(model: Model, template: str | None, text: str = "hello", system: str | None = None) -> str:
     vocabulary = WithTemplate(model, template)
-    tokens = ChatTemplate(vocabulary).encode(conversation(text, None, system))  # type: ignore[arg-type]
+    tokens = ChatTemplate(vocabulary).encode(conversation(text, None, system)).tokens  # type: ignore[arg-type]
     return "".join(
         model.token_bytes(int(t)).decode("utf-8", "replace") or model.token_text(int(t)) for t in tokens
     )
@@ -57,16 +57,16 @@ def test_nothing_written_becomes_a_control_token(
     any_model: Model, user: str, system: str, preference: str
 ) -> None:
     template = ChatTemplate(any_model)
-    harmless = template.encode(conversation("x", None, "x"))
+    harmless = template.encode(conversation("x", None, "x")).tokens
     messages = conversation("x" + user, None, system)
-    tokens = template.encode(with_preference(messages, preference, "turn"))
+    tokens = template.encode(with_preference(messages, preference, "turn")).tokens
     assert specials(any_model, tokens) == specials(any_model, harmless)
     text = b"".join(any_model.token_bytes(int(token)) for token in tokens).decode()
     assert ("x" + user + "\n\n" + preference).replace("\ufdd0", "") in text
 
 
 def test_ordinary_text_is_tokenized_as_the_whole_prompt(any_model: Model) -> None:
-    tokens = ChatTemplate(any_model).encode(conversation("How are you, Ann?", None, "Be kind."))
+    tokens = ChatTemplate(any_model).encode(conversation("How are you, Ann?", None, "Be kind.")).tokens
     whole = any_model.tokenize(
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHow are you, Ann?<|im_end|>\n"
         "<|im_start|>assistant\n",
@@ -79,8 +79,12 @@ def test_ordinary_text_is_tokenized_as_the_whole_prompt(any_model: Model) -> Non
 def test_the_text_begins_with_one_bos(tiny_model: Model) -> None:
     assert tiny_model.adds_bos
     for template in ("{{ messages[0].content }}", "{{ bos_token }}{{ messages[0].content }}"):
-        tokens = ChatTemplate(WithTemplate(tiny_model, template)).encode(  # type: ignore[arg-type]
-            conversation("hello", None, None)
+        tokens = (
+            ChatTemplate(WithTemplate(tiny_model, template))
+            .encode(  # type: ignore[arg-type]
+                conversation("hello", None, None)
+            )
+            .tokens
         )
         assert tokens.tolist().count(tiny_model.bos) == 1
 
@@ -217,7 +221,7 @@ def test_nothing_written_anywhere_becomes_a_special_token(
         checked = conversation(None, messages, None if system is None else text(system))
         branch = with_preference(checked, None if preference is None else text(preference), placement)
         expected = "".join(f"{m['role']}\n{m['content']}\n" for m in branch) + "assistant\n"
-        return template.encode(branch).tolist(), expected
+        return template.encode(branch).tokens.tolist(), expected
 
     def special(tokens: list[int]) -> Counter[str]:
         return Counter(any_model.token_text(t) for t in tokens) & Counter(dict.fromkeys(names, 999))
@@ -233,7 +237,7 @@ def test_nothing_written_anywhere_becomes_a_special_token(
 def test_any_ordinary_text_is_tokenized_as_the_whole_prompt(any_model: Model, text: str) -> None:
     if "\ufdd0" in text or any(name in text for name in any_model.special_texts()):
         return
-    tokens = ChatTemplate(any_model).encode(conversation(text, None, None))
+    tokens = ChatTemplate(any_model).encode(conversation(text, None, None)).tokens
     whole = any_model.tokenize(
         f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", special=True
     )
@@ -342,7 +346,7 @@ def test_the_paper_settings_give_the_references_prompts(
         "<|im_start|>assistant\n",
         special=True,
     )
-    tokens = ChatTemplate(any_model).encode(branch)
+    tokens = ChatTemplate(any_model).encode(branch).tokens
     np.testing.assert_array_equal(tokens[-len(whole) :], whole)
     assert len(tokens) == len(whole) + any_model.adds_bos
 
@@ -388,4 +392,4 @@ def test_a_special_name_made_by_the_replacement_of_surrogates_stays_text(tiny_mo
             return np.array(parts, np.int32)
 
     template = ChatTemplate(Odd(tiny_model, "{{ messages[0].content }}"))  # type: ignore[arg-type]
-    assert 7 not in template.encode(conversation("a<\ud800>b", None, None))
+    assert 7 not in template.encode(conversation("a<\ud800>b", None, None)).tokens

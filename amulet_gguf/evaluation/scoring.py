@@ -156,7 +156,7 @@ class Scorer:
 
     def _encode(self, question: str, preference: str | None) -> Tokens:
         messages = with_preference(conversation(question, None, None), preference, "turn")
-        return self._planner.template.encode(messages)
+        return self._planner.template.encode(messages).tokens
 
     def _read(self, prompt: Tokens) -> int:
         """Return the sequence that holds a prompt, reading it if none does."""
