@@ -15,7 +15,7 @@ from amulet_gguf.generation import FinishReason, Generation, Piece
 from amulet_gguf.llama import Model
 from amulet_gguf.models import find_model
 from amulet_gguf.planning import Planner
-from amulet_gguf.prompting import Message
+from amulet_gguf.prompting import Encoded, Message
 from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
@@ -86,8 +86,10 @@ class Stream(Iterator[Piece]):
         engine: Engine,
         generation: Generation,
         on_prefill: Callable[[int, int], None] | None,
+        planner: Planner,
     ) -> None:
         self._generation = generation
+        self._planner = planner
 
         def on_step(generation: Generation) -> None:
             if on_prefill is not None and generation.n_tokens == 0:
@@ -111,6 +113,17 @@ class Stream(Iterator[Piece]):
         self._engine.cancel(
             self._generation
         )  # a generator that was never started does not run its `finally`
+
+    def cancel(self) -> None:
+        """End the answer within a step; the pieces that are left can still be taken."""
+        self._engine.cancel(self._generation)
+
+    def adjust(self, settings: Settings) -> None:
+        """Change strength, weights, plausibility or adapt from the next token on.
+
+        Only of a live stream (see `amulet_gguf.conversation`), and the preferences must be as many.
+        """
+        self._generation.mixture = self._planner.mixture(settings)
 
     @property
     def is_finished(self) -> bool:
@@ -166,7 +179,7 @@ class Amulet:
     def __init__(self, model: Model, engine: Engine) -> None:
         self.model = model
         self.engine = engine
-        self._planner = Planner(model)
+        self.planner = Planner(model)
 
     @classmethod
     def load(
@@ -271,8 +284,22 @@ class Amulet:
             EngineError: from the iterator, if llama.cpp fails.
         """
         settings = dataclasses.replace(settings or Settings(), **options)  # type: ignore[arg-type]
-        request = self._planner.request(prompt, messages, settings)
-        return Stream(self.engine, self.engine.submit(request), on_prefill)
+        request = self.planner.request(prompt, messages, settings)
+        return Stream(self.engine, self.engine.submit(request), on_prefill, self.planner)
+
+    def stream_live(
+        self,
+        messages: Sequence[Message],
+        settings: Settings,
+        known: Encoded | None,
+        n_alternatives: int,
+        on_prefill: Callable[[int, int], None] | None,
+    ) -> Stream:
+        """Answer a conversation that goes on: see `Planner.request`; errors as `stream`."""
+        request = self.planner.request(
+            None, messages, settings, is_live=True, known=known, n_alternatives=n_alternatives
+        )
+        return Stream(self.engine, self.engine.submit(request), on_prefill, self.planner)
 
     def generate(
         self,
@@ -288,26 +315,33 @@ class Amulet:
 
     def compare(
         self,
-        prompt: str,
+        prompt: str | None,
         settings: Mapping[str, Settings],
         on_piece: Callable[[str, Piece], None] | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
     ) -> dict[str, Answer]:
         """Answer one prompt with several settings, all at once in one context.
 
         Args:
+            prompt, messages: as in `stream`. What is held of a conversation is reused.
             settings: by a name of your choice.
             on_piece: called with that name and each piece as it is written.
 
         Raises:
             As `stream`.
         """
-        requests = {name: self._planner.request(prompt, None, each) for name, each in settings.items()}
+        is_live = messages is not None
+        requests = {
+            name: self.planner.request(prompt, messages, each, is_live=is_live)
+            for name, each in settings.items()
+        }
         self.engine.reserve(sum(len(request.branches) for request in requests.values()))
         streams: dict[str, Stream] = {}
         pieces: dict[str, list[Piece]] = {name: [] for name in requests}
         try:
             for name, request in requests.items():
-                streams[name] = Stream(self.engine, self.engine.submit(request), None)
+                streams[name] = Stream(self.engine, self.engine.submit(request), None, self.planner)
             running = dict(streams)
             while running:
                 for name, stream in list(running.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import weakref
 
 import numpy as np
@@ -303,6 +304,9 @@ class Context:
         if length > self.n_ctx:
             raise EngineError(f"{length} tokens do not fit into a context of {self.n_ctx}")
         self.free(sequence)
+        model = self.model.handle
+        if self.can_truncate and lib.llama_model_n_swa(model) == 0:
+            data = _fit_streams(data, length, self.n_sequences)
         array = np.frombuffer(data, np.uint8)
         pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         read = lib.llama_state_seq_set_data(self._context, pointer, len(data), sequence)
@@ -328,6 +332,27 @@ class Context:
         lib.llama_memory_clear(self._memory, True)
         self._lengths = [0] * self.n_sequences
         self._n_rows = self._n_outputs = 0
+
+
+def _fit_streams(data: bytes, n_cells: int, n_streams: int) -> bytes:
+    """Return the saved memory of a sequence for a context of another number of sequences.
+
+    After two words of its own, llama.cpp writes the number of streams, then for each the count of its
+    cells, which is 0 but for the one that holds the sequence, and the cells behind it. It refuses to
+    read another number.
+    """
+    try:
+        (before,) = struct.unpack_from("<I", data, 8)
+        start = 12
+        while struct.unpack_from("<I", data, start) == (0,):
+            start += 4
+        end = len(data) - 4 * (before - 1 - (start - 12) // 4)
+        is_known = struct.unpack_from("<I", data, start) == (n_cells,) and not any(data[end:])
+    except struct.error:
+        is_known = False
+    if not is_known:
+        raise EngineError("the saved memory of the conversation is of an unknown form")
+    return data[:8] + struct.pack("<I", n_streams) + data[start:end] + bytes(4 * (n_streams - 1))
 
 
 def _check_memory(model: Model, n_ctx: int, n_sequences: int) -> None:

@@ -40,11 +40,13 @@ class Explanation:
 
     Attributes:
         divergence: KL(realigned || ordinary prompting), in nats; 0 where nothing was changed.
+        changed: the best token is another one than ordinary prompting's.
         probability, prompted: of the token that was chosen, as in `Alternative`.
         alternatives: the best of either distribution, by falling probability.
     """
 
     divergence: float
+    changed: bool
     probability: float
     prompted: float
     alternatives: tuple[Alternative, ...]
@@ -72,9 +74,11 @@ def explain(
     log_row, log_plain = log_sum(row), log_sum(plain)
     best = np.empty(min(n_alternatives, row.size), np.int32)
     found: set[int] = set()
+    firsts = []
     for values in (row, plain):
         largest(values, best)
         found.update(best.tolist())
+        firsts.append(int(best[0]))
 
     def probabilities(token: int) -> tuple[float, float]:
         return math.exp(float(row[token]) - log_row), math.exp(float(plain[token]) - log_plain)
@@ -84,7 +88,7 @@ def explain(
         for each in found
     ]
     alternatives.sort(key=lambda each: (-each.probability, -each.prompted, each.token))
-    return Explanation(kl(row, log_row, plain, log_plain), *probabilities(token), tuple(alternatives))
+    return Explanation(kl(row, log_row, plain, log_plain), firsts[0] != firsts[1], *probabilities(token), tuple(alternatives))
 
 
 @kernel()
