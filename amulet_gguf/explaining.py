@@ -77,7 +77,7 @@ def explain(
     firsts = []
     for values in (row, plain):
         largest(values, best)
-        found.update(best.tolist())
+        found.update(each for each in best.tolist() if values[each] > -np.inf)
         firsts.append(int(best[0]))
 
     def probabilities(token: int) -> tuple[float, float]:
@@ -87,8 +87,15 @@ def explain(
         Alternative(each, token_bytes(each).decode("utf-8", "replace"), *probabilities(each))
         for each in found
     ]
+    chances = probabilities(token)
     alternatives.sort(key=lambda each: (-each.probability, -each.prompted, each.token))
-    return Explanation(kl(row, log_row, plain, log_plain), firsts[0] != firsts[1], *probabilities(token), tuple(alternatives))
+    return Explanation(
+        divergence=kl(row, log_row, plain, log_plain),
+        changed=firsts[0] != firsts[1],
+        probability=chances[0],
+        prompted=chances[1],
+        alternatives=tuple(alternatives),
+    )
 
 
 @kernel()

@@ -8,8 +8,10 @@ import click
 
 from amulet_gguf.cli.batch import batch
 from amulet_gguf.cli.bench import bench
+from amulet_gguf.cli.chat import chat
 from amulet_gguf.cli.compare import compare
 from amulet_gguf.cli.evaluate import evaluate
+from amulet_gguf.cli.explain import explain
 from amulet_gguf.cli.generate import generate
 from amulet_gguf.errors import AmuletError, SettingError
 
@@ -43,8 +45,10 @@ def main() -> None:
     """Realign GGUF models to your preferences while they write, offline."""
 
 
+main.add_command(chat)
 main.add_command(generate)
 main.add_command(compare)
 main.add_command(batch)
+main.add_command(explain)
 main.add_command(bench)
 main.add_command(evaluate)

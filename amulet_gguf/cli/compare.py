@@ -64,13 +64,13 @@ def compare(
     if not settings.prefer:
         raise click.UsageError("name something to compare with --prefer")
     text = read_prompt(prompt, file)
-    methods = _methods(settings)
+    four = methods(settings)
 
     from rich.console import Console
     from rich.live import Live
 
     console = Console(highlight=False, markup=False, emoji=False)
-    pieces: dict[str, list[Piece]] = {name: [] for name in methods}
+    pieces: dict[str, list[Piece]] = {name: [] for name in four}
     n_branches = 1 + len(settings.prefer)
     n_sequences = 1 + len(settings.prefer) + 2 * n_branches
     with loaded(model, n_ctx, n_gpu_layers, n_threads, n_sequences, rpc) as amulet:
@@ -83,18 +83,18 @@ def compare(
             nonlocal shown_at
             pieces[name].append(piece)
             if show and time.monotonic() - shown_at > _REFRESH:
-                live.update(_columns(console, methods, pieces), refresh=True)
+                live.update(columns(console, four, pieces), refresh=True)
                 shown_at = time.monotonic()
 
         if show:
             with live:
-                answers = amulet.compare(text, methods, on_piece)
+                answers = amulet.compare(text, four, on_piece)
         else:
-            answers = amulet.compare(text, methods, on_piece)
+            answers = amulet.compare(text, four, on_piece)
     if as_json:
         record = {
             name: {
-                "strength": methods[name].strength if methods[name].prefer else 0.0,
+                "strength": four[name].strength if four[name].prefer else 0.0,
                 "text": answer.text,
                 "finish_reason": answer.finish_reason,
                 "pieces": [[piece.text, piece.changed] for piece in answer.pieces],
@@ -105,10 +105,10 @@ def compare(
         }
         click.echo(json.dumps(record, ensure_ascii=False))
     else:
-        console.print(_columns(console, methods, pieces))
+        console.print(columns(console, four, pieces))
 
 
-def _methods(settings: Settings) -> dict[str, Settings]:
+def methods(settings: Settings) -> dict[str, Settings]:
     return {
         "base": dataclasses.replace(settings, prefer=()),
         "prompting": dataclasses.replace(settings, strength=1.0),
@@ -119,7 +119,7 @@ def _methods(settings: Settings) -> dict[str, Settings]:
     }
 
 
-def _columns(
+def columns(
     console: Console, methods: Mapping[str, Settings], pieces: Mapping[str, Sequence[Piece]]
 ) -> RenderableType:
     """Return a column per method, or one below the other where the terminal is narrow."""

@@ -1,0 +1,301 @@
+"""The commands of `amulet chat`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from amulet_gguf import sessions
+from amulet_gguf.errors import AmuletError, SettingError
+from amulet_gguf.preferences import PRESETS, Preference
+from amulet_gguf.settings import RANGES, Settings
+
+if TYPE_CHECKING:
+    from amulet_gguf.cli.chat import Chat
+
+#: What one press of Ctrl-Up or Ctrl-Down changes.
+STRENGTH_STEP: Final = 0.5
+_SHOWN_ELSEWHERE: Final = ("prefer", "strength", "system", "stop")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: how it is typed, what it does, and its completions."""
+
+    usage: str
+    help: str
+    run: Callable[[Chat, str], None]
+    words: Callable[[], Iterable[str]] = tuple
+
+
+def run(chat: Chat, line: str) -> None:
+    """Run a line that begins with "/".
+
+    Raises:
+        AmuletError: it is no command, or it cannot do what was asked.
+        EOFError: to leave.
+    """
+    name, _, rest = line[1:].partition(" ")
+    name = ALIASES.get(name, name)
+    command = COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+        raise SettingError(f"there is no command /{name}: {hint}")
+    command.run(chat, rest.strip())
+
+
+def parse_preferences(text: str) -> tuple[Preference, ...]:
+    """Read what follows /prefer: names of presets, or sentences with ";" between them.
+
+    Raises:
+        SettingError: as `Preference.parse`.
+    """
+    words = text.replace(",", " ").split()
+    if words and all(word.partition(":")[0].lower() in PRESETS for word in words):
+        parts = words
+    else:
+        parts = [part for part in text.split(";") if part.strip()]
+    return tuple(Preference.parse(part) for part in parts)
+
+
+def describe(settings: Settings) -> str:
+    """Return preferences and strength in few words: "concise, formal:0.5 · strength 5.65"."""
+    if not settings.prefer:
+        return "no preference"
+    names = {text: name for name, text in PRESETS.items()}
+    parts = []
+    for preference in settings.prefer:
+        name = names.get(preference.text, preference.text)
+        name = name if len(name) <= 40 else name[:39] + "…"
+        parts.append(name if preference.weight == 1 else f"{name}:{preference.weight:g}")
+    return f"{', '.join(parts)} · strength {settings.strength:g}"
+
+
+def _change(chat: Chat, **changes: Any) -> None:
+    chat.conversation.settings = dataclasses.replace(chat.conversation.settings, **changes)
+
+
+def _prefer(chat: Chat, text: str) -> None:
+    settings = chat.conversation.settings
+    if text.lower() == "none":
+        _change(chat, prefer=())
+    elif text.startswith("+"):
+        _change(chat, prefer=(*settings.prefer, *parse_preferences(text[1:].strip())))
+    elif text:
+        _change(chat, prefer=parse_preferences(text))
+    chat.tell(describe(chat.conversation.settings))
+
+
+def _strength(chat: Chat, text: str) -> None:
+    if text:
+        _change(chat, strength=_number("strength", text))
+    chat.tell(
+        describe(chat.conversation.settings)
+        if chat.conversation.settings.prefer
+        else f"strength {chat.conversation.settings.strength:g}, once something is preferred"
+    )
+
+
+def _number(name: str, text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        low, high = RANGES[name]
+        raise SettingError(f"{name} must be a number from {low} to {high}, got {text!r}") from None
+
+
+def _set(chat: Chat, text: str) -> None:
+    name, _, value = text.partition(" ")
+    fields = [each.name for each in dataclasses.fields(Settings)]
+    if not name:
+        _show(chat, "")
+        return
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        raise SettingError(
+            f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    value = value.strip()
+    if name == "prefer":
+        _prefer(chat, value)
+        return
+    if not value:
+        raise SettingError(f"name a value: /set {name} VALUE")
+    parsed: Any = value
+    if name in RANGES:
+        parsed = None if name == "seed" and value == "none" else _number(name, value)
+    elif name == "withhold_echo":
+        words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+        parsed = words.get(value.lower(), value)
+    elif name == "stop":
+        parsed = () if value == "none" else tuple(_split(value))
+    elif name == "system":
+        parsed = None if value == "none" else value
+    _change(chat, **{name: parsed})
+    chat.tell(f"{name} = {getattr(chat.conversation.settings, name)!r}")
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise SettingError(f"the quotes do not match in {text!r} ({error})") from None
+
+
+def _show(chat: Chat, _text: str) -> None:
+    settings = chat.conversation.settings
+    chat.tell(f"model: {chat.conversation.amulet.model.path}")
+    chat.tell(f"session: {chat.name}")
+    chat.tell(f"preferences: {describe(settings)}")
+    for number, preference in enumerate(settings.prefer, 1):
+        chat.tell(f"  {number}. {preference.text} (weight {preference.weight:g})")
+    chat.tell(f"system: {settings.system or 'as the model has it'}")
+    others = [
+        f"{f.name} {getattr(settings, f.name)}"
+        for f in dataclasses.fields(Settings)
+        if f.name not in _SHOWN_ELSEWHERE
+    ]
+    chat.tell(", ".join(others))
+    chat.tell(
+        f"{len(chat.conversation.messages) // 2} turns, {chat.n_tokens:,} of "
+        f"{chat.conversation.amulet.engine.n_ctx:,} tokens"
+    )
+
+
+def _system(chat: Chat, text: str) -> None:
+    if text:
+        _change(chat, system=None if text.lower() == "none" else text)
+    chat.tell(f"system: {chat.conversation.settings.system or 'as the model has it'}")
+
+
+def _regen(chat: Chat, _text: str) -> None:
+    messages = list(chat.conversation.messages)
+    said = chat.conversation.undo()
+    if said is None:
+        raise SettingError("there is no answer to write again")
+    if not chat.answer(said):  # nothing came of it: what was there is better
+        chat.conversation.messages[:] = messages
+
+
+def _undo(chat: Chat, _text: str) -> None:
+    said = chat.conversation.undo()
+    if said is None:
+        raise SettingError("there is no turn to take back")
+    chat.autosave()
+    chat.tell(f"taken back: {said if len(said) < 60 else said[:59] + '…'}")
+
+
+def _save(chat: Chat, text: str) -> None:
+    name, *more = _split(text) or [chat.name]
+    if more not in ([], ["memory"]):
+        raise SettingError("/save NAME, or /save NAME memory to resume a long conversation at once")
+    sessions.session_path(name)  # before the name is taken over
+    chat.name = name
+    path = chat.save()
+    chat.tell(f"saved: {path}")
+    if more:
+        held = chat.conversation.memory()
+        if held is None:
+            raise SettingError("the model holds nothing of the conversation yet")
+        path = sessions.save_memory(name, chat.conversation.amulet.model.path, *held)
+        chat.tell(f"saved: {path} ({path.stat().st_size / 1e6:,.0f} MB)")
+
+
+def _load(chat: Chat, text: str) -> None:
+    if not text:
+        raise SettingError("/load NAME; saved are: " + (", ".join(sessions.names()) or "none"))
+    chat.resume(text)
+
+
+def _clear(chat: Chat, _text: str) -> None:
+    chat.conversation.clear()
+    chat.name = chat.new_name()
+    chat.tell("a new conversation; the one before is saved")
+
+
+def _drop(chat: Chat, text: str) -> None:
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise SettingError(f"/drop N: N must be a number of turns, got {text!r}")
+    chat.conversation.drop_oldest(int(text or 1))
+    chat.autosave()
+    chat.tell(f"{len(chat.conversation.messages) // 2} turns are left")
+
+
+def _compare(chat: Chat, text: str) -> None:
+    chat.compare(text)
+
+
+def _why(chat: Chat, _text: str) -> None:
+    chat.why()
+
+
+def _help(chat: Chat, _text: str) -> None:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    for command in COMMANDS.values():
+        chat.tell(f"{command.usage:<{width}}  {command.help}")
+    chat.tell(
+        "Alt-Enter begins a new line. While an answer is written, Ctrl-C stops it, and Ctrl-Up "
+        "and Ctrl-Down change the strength. Ctrl-D leaves. //TEXT says /TEXT."
+    )
+
+
+def _exit(_chat: Chat, _text: str) -> None:
+    raise EOFError
+
+
+def _setting_names() -> Sequence[str]:
+    return [each.name for each in dataclasses.fields(Settings)]
+
+
+def _session_names() -> Sequence[str]:
+    try:
+        return sessions.names()
+    except (OSError, AmuletError):
+        return []
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    "prefer": Command(
+        "/prefer [+] TEXT[:WEIGHT] …",
+        "what answers should be: presets, or sentences with ; between; + adds, none clears",
+        _prefer,
+        lambda: [*PRESETS, "none"],
+    ),
+    "strength": Command(
+        "/strength N", "0: without the preference, 1: as prompting, more: beyond", _strength
+    ),
+    "compare": Command("/compare [TEXT]", "four ways to answer TEXT, or the last message", _compare),
+    "why": Command("/why", "what the preferences changed in the last answer", _why),
+    "system": Command("/system [TEXT]", "show or set the system prompt; none removes it", _system),
+    "set": Command(
+        "/set NAME VALUE", "change a setting: temperature, max_tokens, …", _set, _setting_names
+    ),
+    "show": Command("/show", "model, preferences and settings", _show),
+    "regen": Command("/regen", "write the last answer again", _regen),
+    "undo": Command("/undo", "take the last turn back", _undo),
+    "save": Command(
+        "/save [NAME [memory]]", "save under a name; memory: to resume at once", _save, _session_names
+    ),
+    "load": Command("/load NAME", "go on with a saved conversation", _load, _session_names),
+    "drop": Command("/drop [N]", "forget the oldest turns, when the context is full", _drop),
+    "clear": Command("/clear", "begin a new conversation", _clear),
+    "help": Command("/help", "this list", _help),
+    "exit": Command("/exit", "leave", _exit),
+}
+
+
+def completions() -> dict[str, dict[str, None]]:
+    """Return the words that can follow each command."""
+    return {f"/{name}": dict.fromkeys(command.words()) for name, command in COMMANDS.items()}
+
+
+ALIASES: Final = {"quit": "exit", "bye": "exit", "q": "exit", "?": "help", "retry": "regen"}
