@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from amulet_gguf.cli.terminal import Output, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.segment import Segment
+
+    Line = list[Segment]
 
 _REFRESH = 0.1  # seconds
 _SHARE = 0.1  # of the time that drawing may take
@@ -67,6 +70,7 @@ class AnswerView:
         """Draw what there is, and the status below."""
         if self._live is None:
             return
+        from rich.console import Group
         from rich.text import Text
 
         begin = time.monotonic()
@@ -76,23 +80,27 @@ class AnswerView:
             final = len(lines) - height
             self._print(lines[self._n_final : final])
             self._n_final = final
-        tail = Text.from_ansi("\n".join(lines[self._n_final :]))
-        self._live.update(Text("\n").join([tail, Text(self.status, style="dim")]), refresh=True)
+        tail = _joined(lines[self._n_final :])
+        self._live.update(Group(tail, Text(self.status, style="dim")), refresh=True)
         self._drawn_at = time.monotonic()
         self._pause = max(_REFRESH, (self._drawn_at - begin) / _SHARE)
 
-    def _print(self, lines: list[str]) -> None:
-        from rich.text import Text
+    def _print(self, lines: list[Line]) -> None:
+        if lines:
+            self._console.print(_joined(lines))
 
-        for line in lines:
-            self._console.print(Text.from_ansi(line), soft_wrap=True)
-
-    def _lines(self) -> list[str]:
+    def _lines(self) -> list[Line]:
         from rich.markdown import Markdown
 
-        with self._console.capture() as capture:
-            self._console.print(Markdown(self._text, hyperlinks=False), end="")
-        return [line.rstrip() for line in capture.get().rstrip("\n").split("\n")]
+        if not self._text.strip():
+            return []
+        return self._console.render_lines(Markdown(self._text, hyperlinks=False), pad=False)
+
+
+def _joined(lines: list[Line]) -> RenderableType:
+    from rich.segment import SegmentLines, Segments
+
+    return SegmentLines(lines, new_lines=True) if lines else Segments([])
 
 
 class Keys:
