@@ -13,6 +13,7 @@ from amulet_gguf.cli.compare import compare
 from amulet_gguf.cli.evaluate import evaluate
 from amulet_gguf.cli.explain import explain
 from amulet_gguf.cli.generate import generate
+from amulet_gguf.cli.profiles import profiles
 from amulet_gguf.cli.sessions import sessions
 from amulet_gguf.errors import AmuletError, SettingError
 
@@ -52,5 +53,6 @@ main.add_command(compare)
 main.add_command(batch)
 main.add_command(explain)
 main.add_command(sessions)
+main.add_command(profiles)
 main.add_command(bench)
 main.add_command(evaluate)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from amulet_gguf.preferences import PRESETS, Preference
 from amulet_gguf.settings import RANGES, Settings
@@ -39,6 +41,57 @@ def _number(*names: str, kind: type = float, help: str, **more: Any) -> Callable
     return click.option(*names, type=kind, help=f"{help} [{tail}]", **more)
 
 
+def _apply_profile(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
+    """Make a profile's values the defaults of the command: what is typed wins."""
+    from amulet_gguf.config import load_config
+
+    config = load_config()
+    is_named = name is not None
+    name = name if is_named else config.profile
+    if not name or name == "none":
+        return
+    values = dict(config.values(name))
+    if not is_named and os.environ.get("AMULET_MODEL"):
+        values.pop("model", None)  # said for this command, more than a default profile is
+    if isinstance(prefer := values.get("prefer"), str):
+        values["prefer"] = [prefer]
+    if isinstance(stop := values.get("stop"), str):
+        values["stop"] = [stop]
+    context.default_map = {**values, **(context.default_map or {})}
+
+
+def _completes(
+    names: Callable[[], Iterable[str]],
+) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    def complete(
+        _context: click.Context, _parameter: click.Parameter, typed: str
+    ) -> list[CompletionItem]:
+        try:
+            found = [name for name in names() if name.startswith(typed.lower())]
+        except Exception:  # a shell that completes has no use for an error
+            found = []
+        return [CompletionItem(name) for name in found]
+
+    return complete
+
+
+def _profile_names() -> Iterable[str]:
+    from amulet_gguf.config import load_config
+
+    return load_config().profiles
+
+
+def _model_names() -> Iterable[str]:
+    from amulet_gguf.models import installed
+
+    return [model.name for model in installed()]
+
+
+complete_models = _completes(_model_names)
+complete_profiles = _completes(_profile_names)
+complete_preferences = _completes(lambda: PRESETS)
+
+
 prompt_options = _stack(
     click.argument("prompt", required=False),
     click.option(
@@ -53,8 +106,18 @@ model_options = _stack(
     click.option(
         "-m",
         "--model",
-        type=click.Path(),
-        help="GGUF file. Otherwise $AMULET_MODEL, otherwise the bundled model.",
+        shell_complete=complete_models,
+        help="File, name or prefix of a model (amulet models ls). Otherwise $AMULET_MODEL, the default "
+        "model, or the bundled one.",
+    ),
+    click.option(
+        "--profile",
+        envvar="AMULET_PROFILE",
+        is_eager=True,
+        expose_value=False,
+        callback=_apply_profile,
+        shell_complete=complete_profiles,
+        help='Begin with the options of a profile (amulet profiles ls); "none" with those of none.',
     ),
     click.option(
         "-c",
@@ -81,6 +144,7 @@ preference_options = _stack(
         "--prefer",
         multiple=True,
         metavar="TEXT[:WEIGHT]",
+        shell_complete=complete_preferences,
         help="What the answer should be: one of "
         + ", ".join(PRESETS)
         + ", or a sentence of your own. Repeat for several; a negative weight pushes away.",

@@ -51,21 +51,21 @@ def list_sessions(as_json: bool) -> None:
         click.echo("no conversation is saved yet: amulet chat begins one", err=True)
         return
 
-    from rich.console import Console
     from rich.table import Table
 
-    from amulet_gguf.cli.terminal import printable
+    from amulet_gguf.cli.terminal import printable, table_console
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    console = table_console()
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=console.is_terminal)
     for title in ("NAME", "TURNS", "MEMORY", "SAVED (UTC)"):
         table.add_column(title, no_wrap=True)
-    table.add_column("BEGINS", no_wrap=True, overflow="ellipsis")
+    table.add_column("BEGINS", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in rows:
         first = " ".join(printable(row.get("error") or row["first"]).split())
         saved_at = str(row.get("saved_at", ""))[:16].replace("T", " ")
         turns = str(row.get("turns", "?"))
         table.add_row(row["name"], turns, "yes" if row.get("memory") else "", saved_at, first)
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    console.print(table)
 
 
 @sessions.command("rm")

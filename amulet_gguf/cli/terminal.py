@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PIPE_WIDTH = 240  # columns
 _DELAY = 0.5  # seconds before a bar is worth showing
 
 # A model may write escape sequences; a terminal would obey them.
@@ -43,6 +47,14 @@ class LateBar:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def table_console() -> Console:
+    """Return a console for tables on stdout: as wide as the terminal, or as a line needs in a pipe."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 class Output:

@@ -1,0 +1,160 @@
+"""`amulet profiles`: named bundles of options."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from amulet_gguf import config
+from amulet_gguf.cli.options import (
+    complete_profiles,
+    model_options,
+    preference_options,
+    sampling_options,
+    settings_from,
+)
+from amulet_gguf.errors import ConfigError
+from amulet_gguf.home import config_file
+
+
+@click.group()
+def profiles() -> None:
+    """Keep options under a name: preferences, strength, system prompt, sampling, model.
+
+    Any command takes --profile NAME; what is typed beside it wins.
+    """
+
+
+@profiles.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
+def list_profiles(as_json: bool) -> None:
+    """List profiles; the default one has a star."""
+    found = config.load_config()
+    if as_json:
+        click.echo(json.dumps({"default": found.profile, "profiles": found.profiles}, default=str))
+        return
+    if not found.profiles:
+        click.echo("there is no profile yet: amulet profiles add NAME --prefer concise", err=True)
+        return
+
+    from rich.table import Table
+
+    from amulet_gguf.cli.terminal import printable, table_console
+
+    console = table_console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("NAME", "MODEL", "STRENGTH"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("PREFERENCES", overflow="fold")
+    for name, values in found.profiles.items():
+        prefer = values.get("prefer", "")
+        table.add_row(
+            name + (" *" if name == found.profile else ""),
+            printable(str(values.get("model", ""))),
+            str(values.get("strength", "")),
+            printable(prefer if isinstance(prefer, str) else ", ".join(map(str, prefer))),
+        )
+    console.print(table)
+
+
+@profiles.command()
+@click.argument("name", shell_complete=complete_profiles)
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
+def show(name: str, as_json: bool) -> None:
+    """Show a profile as TOML."""
+    values = config.load_config().values(name)
+    if as_json:
+        click.echo(json.dumps(values, default=str))
+        return
+    import tomlkit
+
+    click.echo(tomlkit.dumps(values), nl=False)
+
+
+@profiles.command()
+@click.argument("name")
+@preference_options
+@sampling_options
+@model_options
+@click.option("--replace", is_flag=True, help="Replace a profile that has the name.")
+@click.option("--default", "is_default", is_flag=True, help="Make it the default profile.")
+@click.pass_context
+def add(context: click.Context, /, name: str, replace: bool, is_default: bool, **options: Any) -> None:
+    """Keep options as profile NAME.
+
+    \b
+    amulet profiles add work --prefer concise --prefer formal:0.5 --strength 4 --default
+    """
+    typed = click.core.ParameterSource.COMMANDLINE
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in options.items()
+        if context.get_parameter_source(key) is typed and key != "rpc"
+    }
+    paper = [key for key in ("alpha", "lam", "eta", "iterations") if key in values]
+    if paper:
+        given = {key: value for key, value in options.items() if key not in config.MODEL_KEYS}
+        given.pop("rpc", None)
+        values["strength"] = settings_from(**given).strength
+        for key in paper:
+            del values[key]
+    if name in config.load_config().profiles and not replace:
+        raise ConfigError(f"there is a profile {name!r} already: --replace replaces it")
+    if not values:
+        raise click.UsageError("name something to keep: --prefer, --strength, --model, …")
+    config.set_profile(name, values)
+    if is_default:
+        config.set_default_profile(name)
+
+
+@profiles.command()
+@click.argument("name", shell_complete=complete_profiles)
+def rm(name: str) -> None:
+    """Remove a profile."""
+    config.remove_profile(name)
+
+
+@profiles.command()
+@click.argument("name", required=False, shell_complete=complete_profiles)
+@click.option("--clear", is_flag=True, help="Have no default profile.")
+def default(name: str | None, clear: bool) -> None:
+    """Show the default profile, or make NAME it."""
+    if clear or name:
+        config.set_default_profile(None if clear else name)
+    elif current := config.load_config().profile:
+        click.echo(current)
+    else:
+        click.echo("there is no default profile", err=True)
+
+
+@profiles.command()
+def edit() -> None:
+    """Open the configuration in $VISUAL or $EDITOR.
+
+    It takes the place of the old one only if it has no mistake.
+    """
+    path = config_file()
+    try:
+        text = path.read_text("utf-8") if path.exists() else config.SKELETON
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    while True:
+        edited = click.edit(text, extension=".toml")
+        if edited is None:
+            click.echo("nothing was changed", err=True)
+            return
+        try:
+            config.write(edited)
+        except ConfigError as error:
+            draft = path.with_suffix(".draft.toml")
+            config.write_draft(draft, edited)
+            complaint = f"{error}. What you wrote is in {draft}"
+            if not sys.stdin.isatty() or not click.confirm(f"{complaint}. Edit again?", err=True):
+                raise ConfigError(f"{complaint}; the configuration is as before") from None
+            text = edited
+        else:
+            click.echo(f"written: {path}", err=True)
+            return

@@ -1,0 +1,196 @@
+"""What a GGUF file says about itself, read without its weights and without llama.cpp."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from amulet_gguf.errors import ModelFormatError, ModelNotFoundError
+
+_MAGIC: Final = b"GGUF"
+_MAX_KEYS: Final = 4096
+_MAX_TENSORS: Final = 65536
+_MAX_NUMBERS: Final = 4096  # of an array that is kept: per-layer numbers
+_SCALARS: Final = {
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+_STRING: Final = 8
+_ARRAY: Final = 9
+
+#: Names of `general.file_type`, llama.cpp's `llama_ftype`.
+FILE_TYPES: Final = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K",
+    11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M",
+    18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S",
+    25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M",
+    32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself.
+
+    Attributes:
+        metadata: its keys, but for long arrays, of which only the length is kept (as an int under
+            "KEY.length").
+        n_parameters: numbers in all tensors; 0 if only the beginning was read.
+    """
+
+    metadata: dict[str, Any]
+    n_parameters: int
+
+    @property
+    def architecture(self) -> str:
+        return self.text("general.architecture") or "unknown"
+
+    @property
+    def quantization(self) -> str:
+        kind = self.metadata.get("general.file_type")
+        return FILE_TYPES.get(kind, "?") if isinstance(kind, int) else "?"
+
+    @property
+    def n_ctx_train(self) -> int:
+        return self.number("context_length")
+
+    @property
+    def n_vocab(self) -> int:
+        length = self.metadata.get("tokenizer.ggml.tokens.length", 0)
+        return self.number("vocab_size") or int(length)
+
+    @property
+    def n_parts(self) -> int:
+        """Files that the model is split into."""
+        parts = self.metadata.get("split.count", 1)
+        return parts if isinstance(parts, int) and parts > 0 else 1
+
+    def text(self, key: str) -> str:
+        """Return a text, "" where there is none."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else ""
+
+    def number(self, key: str, default: int = 0) -> int:
+        """Return a whole number of the architecture's own keys."""
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+    def per_layer(self, key: str, default: int) -> list[int]:
+        """Return a number for each layer, whether the file gives one or one for each."""
+        n_layers = max(0, min(self.number("block_count"), _MAX_NUMBERS))
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, list):
+            numbers = [each if isinstance(each, int) else default for each in value[:n_layers]]
+            return numbers + [default] * (n_layers - len(numbers))
+        return [value if isinstance(value, int) else default] * n_layers
+
+
+def read_header(path: Path, *, brief: bool = False) -> Header:
+    """Read the header of a GGUF file.
+
+    Args:
+        brief: stop before the vocabulary, which most files have behind what a list of models shows.
+
+    Raises:
+        ModelNotFoundError: there is no such file, or it cannot be read.
+        ModelFormatError: it is not a GGUF file, or a damaged one.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != _MAGIC:
+                raise ModelFormatError(f"{path} is not a GGUF file: choose a model in GGUF format")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Reader(data).header(brief)
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"there is no model file at {path}: check the path") from None
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as error:
+        raise ModelFormatError(f"{path} is damaged or cut off ({error}): download it again") from None
+
+
+class _Reader:
+    """Walks over a header. Every read is checked against the end of the file."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = 4
+
+    def header(self, brief: bool) -> Header:
+        version = self._scalar("I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version} of the format")
+        n_tensors, n_keys = self._scalar("Q"), self._scalar("Q")
+        if n_keys > _MAX_KEYS or n_tensors > _MAX_TENSORS:
+            raise ValueError(f"{n_keys} keys and {n_tensors} tensors")
+        metadata: dict[str, Any] = {}
+        for _ in range(n_keys):
+            key = self._text()
+            kind = self._scalar("I")
+            if kind == _ARRAY:
+                if brief and key.startswith("tokenizer.") and "general.architecture" in metadata:
+                    return Header(metadata, 0)
+                self._array(key, metadata)
+            else:
+                metadata[key] = self._text() if kind == _STRING else self._number(kind)
+        if brief:
+            return Header(metadata, 0)
+        n_parameters = 0
+        for _ in range(n_tensors):
+            self._skip(self._scalar("Q"))  # its name
+            n_dimensions = self._scalar("I")
+            if n_dimensions > 8:
+                raise ValueError(f"a tensor of {n_dimensions} dimensions")
+            n_parameters += math.prod(self._scalar("Q") for _ in range(n_dimensions))
+            self._skip(4 + 8)  # its type and where it begins
+        return Header(metadata, n_parameters)
+
+    def _scalar(self, form: str) -> Any:
+        (value,) = struct.unpack_from(f"<{form}", self._data, self._at)
+        self._at += struct.calcsize(f"<{form}")
+        return value
+
+    def _number(self, kind: int) -> Any:
+        if kind not in _SCALARS:
+            raise ValueError(f"a value of kind {kind}")
+        return self._scalar(_SCALARS[kind])
+
+    def _skip(self, n_bytes: int) -> None:
+        if n_bytes > len(self._data) - self._at:
+            raise ValueError(f"{n_bytes} bytes at {self._at}")
+        self._at += n_bytes
+
+    def _text(self) -> str:
+        size = self._scalar("Q")
+        begin = self._at
+        self._skip(size)
+        return self._data[begin : self._at].decode("utf-8", "replace")
+
+    def _array(self, key: str, metadata: dict[str, Any]) -> None:
+        kind, length = self._scalar("I"), self._scalar("Q")
+        metadata[f"{key}.length"] = length
+        if kind == _STRING:
+            unpack, data, at, end = (
+                struct.Struct("<Q").unpack_from,
+                self._data,
+                self._at,
+                len(self._data),
+            )
+            if length > end // 8:
+                raise ValueError(f"{length} texts")
+            for _ in range(length):
+                at += 8 + unpack(data, at)[0]
+                if at > end:
+                    raise ValueError(f"a text that ends at {at}")
+            self._at = at
+        elif kind in _SCALARS:
+            begin, size = self._at, struct.calcsize(_SCALARS[kind])
+            self._skip(length * size)
+            if length <= _MAX_NUMBERS:
+                values = struct.unpack_from(f"<{length}{_SCALARS[kind]}", self._data, begin)
+                metadata[key] = list(values)
+        else:
+            raise ValueError(f"an array of kind {kind}")
