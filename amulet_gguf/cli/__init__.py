@@ -13,6 +13,7 @@ from amulet_gguf.cli.compare import compare
 from amulet_gguf.cli.evaluate import evaluate
 from amulet_gguf.cli.explain import explain
 from amulet_gguf.cli.generate import generate
+from amulet_gguf.cli.models import models
 from amulet_gguf.cli.profiles import profiles
 from amulet_gguf.cli.sessions import sessions
 from amulet_gguf.errors import AmuletError, SettingError
@@ -52,6 +53,7 @@ main.add_command(generate)
 main.add_command(compare)
 main.add_command(batch)
 main.add_command(explain)
+main.add_command(models)
 main.add_command(sessions)
 main.add_command(profiles)
 main.add_command(bench)

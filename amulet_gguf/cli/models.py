@@ -1,0 +1,207 @@
+"""`amulet models`: fetch models, and see and choose among those on the machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from amulet_gguf.cli.options import complete_models
+from amulet_gguf.errors import AmuletError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from amulet_gguf.models import Installed
+
+
+@click.group()
+def models() -> None:
+    """Fetch models, and see and choose among those on this machine."""
+
+
+@models.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON list.")
+def list_models(as_json: bool) -> None:
+    """List the models on this machine; the one used without -m has a star.
+
+    Models of the hub's cache, ollama and LM Studio are found too, and left alone.
+    """
+    from amulet_gguf.models import installed
+
+    used = _default()
+    rows = [_row(model, used) for model in installed()]
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    if not rows:
+        click.echo("there is no model yet: amulet models pull NAME fetches one", err=True)
+        return
+
+    from rich.table import Table
+
+    from amulet_gguf.cli.terminal import printable, table_console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("NAME", "SIZE", "QUANT", "CONTEXT", "ARCHITECTURE", "SOURCE"):
+        table.add_column(
+            title, overflow="fold", justify="right" if title in ("SIZE", "CONTEXT") else "left"
+        )
+    for row in rows:
+        star = " *" if row["default"] else ""
+        cells = [row["name"] + star, f"{row['bytes'] / 1e6:,.0f} MB"]
+        if "error" in row:
+            cells += ["", "", "damaged"]
+        else:
+            context = f"{row['context_length']:,}"
+            cells += [row["quantization"], context, f"{row['architecture']} {row['size']}".strip()]
+        table.add_row(*(printable(cell) for cell in [*cells, row["source"]]))
+    table_console().print(table)
+
+
+@models.command()
+@click.argument("name", required=False, shell_complete=complete_models)
+@click.option("-c", "--n-ctx", type=click.IntRange(1, 2**24), default=4096, show_default=True)
+@click.option("--template", is_flag=True, help="Write the chat template alone.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
+def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
+    """Show what a model is, and the memory it will need."""
+    from amulet_gguf.cli.terminal import printable
+    from amulet_gguf.gguf import read_header
+    from amulet_gguf.memory import estimate, parts
+    from amulet_gguf.models import find_model
+
+    path = find_model(name)
+    header = read_header(path)
+    source = header.text("tokenizer.chat_template")
+    if template:
+        click.echo(source)
+        return
+    size = sum(part.stat().st_size for part in parts(path))
+    memory = {n: estimate(header, size, n_ctx, 1 + n).total for n in (0, 1, 2)}
+    record: dict[str, Any] = {
+        "path": str(path),
+        "name": header.text("general.name"),
+        "architecture": header.architecture,
+        "parameters": header.n_parameters,
+        "quantization": header.quantization,
+        "bytes": size,
+        "files": len(parts(path)),
+        "context_length": header.n_ctx_train,
+        "layers": header.number("block_count"),
+        "vocabulary": header.n_vocab,
+        "licence": header.text("general.license") or None,
+        "chat_template": source or None,
+        "memory": {
+            "n_ctx": n_ctx,
+            "without_preference": memory[0],
+            "one_preference": memory[1],
+            "two_preferences": memory[2],
+        },
+    }
+    if as_json:
+        click.echo(json.dumps(record, ensure_ascii=False))
+        return
+    first = " ".join(source.split())
+    lines = {
+        "file": str(path) + (f" and {record['files'] - 1} more" if record["files"] > 1 else ""),
+        "name": record["name"] or "not said",
+        "architecture": f"{header.architecture}, {record['layers']} layers",
+        "parameters": f"{header.n_parameters:,}",
+        "quantization": f"{header.quantization}, {size / 1e6:,.0f} MB",
+        "context": f"{header.n_ctx_train:,} tokens",
+        "vocabulary": f"{header.n_vocab:,} tokens",
+        "licence": record["licence"] or "not said",
+        "template": f"{first[:60]}… ({len(source):,} characters; --template shows it)"
+        if source
+        else "none: ChatML is used",
+        "memory": f"with {n_ctx:,} tokens of context, about {memory[0] / 1e6:,.0f} MB; with one "
+        f"preference {memory[1] / 1e6:,.0f} MB, with two {memory[2] / 1e6:,.0f} MB",
+    }
+    for key, value in lines.items():
+        click.echo(f"{key:<13} {printable(value)}")
+
+
+@models.command()
+@click.argument("name", shell_complete=complete_models)
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def rm(name: str, yes: bool) -> None:
+    """Delete a model that was pulled."""
+    from amulet_gguf.home import models_folder
+    from amulet_gguf.memory import parts
+    from amulet_gguf.models import find_model
+
+    path = find_model(name)
+    folder = models_folder().resolve()
+    if not path.resolve().is_relative_to(folder):
+        raise ModelNotFoundError(f"{path} was not pulled by amulet: remove it with what made it")
+    files = parts(path)
+    if not files or not path.exists():
+        raise ModelNotFoundError(f"there is no model file at {path}: see amulet models ls")
+    size = sum(file.stat().st_size for file in files)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("say --yes to delete without being asked")
+        click.confirm(f"Delete {path} ({size / 1e6:,.0f} MB)?", abort=True, err=True)
+    try:
+        for file in files:
+            file.unlink()
+        for parent in path.parents:
+            if parent.resolve() == folder or any(parent.iterdir()):
+                break
+            parent.rmdir()
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be deleted: {error.strerror}") from None
+    click.echo(f"deleted: {path}", err=True)
+
+
+@models.command()
+@click.argument("name", required=False, shell_complete=complete_models)
+@click.option("--clear", is_flag=True, help="Go back to the bundled one.")
+def default(name: str | None, clear: bool) -> None:
+    """Show the model that is used without -m, or make NAME it."""
+    from amulet_gguf.config import set_model
+    from amulet_gguf.gguf import read_header
+    from amulet_gguf.models import find_model
+
+    if clear:
+        set_model(None)
+    elif name:
+        path = find_model(name)
+        read_header(path)
+        set_model(str(path.absolute()) if Path(name).expanduser().is_file() else name)
+    click.echo(find_model())
+
+
+def _default() -> Path | None:
+    from amulet_gguf.models import find_model
+
+    try:
+        return find_model()
+    except AmuletError:
+        return None
+
+
+def _row(model: Installed, used: Path | None) -> dict[str, Any]:
+    from amulet_gguf.gguf import read_header
+    from amulet_gguf.memory import parts
+
+    row: dict[str, Any] = {
+        "name": model.name,
+        "path": str(model.path),
+        "source": model.source,
+        "default": used is not None and model.path.resolve() == used.resolve(),
+        "bytes": 0,
+    }
+    try:
+        row["bytes"] = sum(part.stat().st_size for part in parts(model.path))
+        header = read_header(model.path, brief=True)
+    except (AmuletError, OSError) as error:
+        return row | {"error": str(error)}
+    return row | {
+        "architecture": header.architecture,
+        "size": header.text("general.size_label"),
+        "quantization": header.quantization,
+        "context_length": header.n_ctx_train,
+    }
