@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from amulet_gguf.cli.options import complete_models
+from amulet_gguf.cli.pull import pull
 from amulet_gguf.errors import AmuletError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 @click.group()
 def models() -> None:
     """Fetch models, and see and choose among those on this machine."""
+
+
+models.add_command(pull)
 
 
 @models.command("ls")
