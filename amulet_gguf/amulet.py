@@ -6,13 +6,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from amulet_gguf.context import Context
 from amulet_gguf.engine import Engine
 from amulet_gguf.errors import SettingError
 from amulet_gguf.generation import FinishReason, Generation, Piece
-from amulet_gguf.llama import Model
+from amulet_gguf.llama import Model, can_offload
+from amulet_gguf.memory import DEFAULT_N_CTX, check_fits
 from amulet_gguf.models import find_model
 from amulet_gguf.planning import Planner
 from amulet_gguf.prompting import Encoded, Message
@@ -20,9 +21,6 @@ from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-#: Context of a model that could take more: the memory of a cache grows with it.
-DEFAULT_N_CTX: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -210,10 +208,14 @@ class Amulet:
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
             SettingError: a number out of range, or rpc not possible.
-            EngineError: not enough memory, or an RPC server cannot be reached.
+            EngineError: not enough memory (see `amulet_gguf.memory.check_fits`), or an RPC server cannot
+                be reached.
         """
         check_n_ctx(n_ctx)
-        model = Model(find_model(path), n_gpu_layers=n_gpu_layers, rpc=rpc, progress=progress)
+        file = find_model(path)
+        if rpc is None and (n_gpu_layers == 0 or not can_offload()):
+            check_fits(file, n_ctx, n_sequences)
+        model = Model(file, n_gpu_layers=n_gpu_layers, rpc=rpc, progress=progress)
         try:
             return cls.of(
                 model, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, n_sequences=n_sequences

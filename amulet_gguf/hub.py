@@ -197,7 +197,7 @@ def _bar(remote: _Remote, progress: Progress) -> Any:
     """Return a progress bar for the hub's client that shows nothing and reports instead."""
     from tqdm.auto import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc,type-arg,unused-ignore]
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:
             super().__init__(disable=True)
             self._done = initial

@@ -11,6 +11,8 @@ import psutil
 from amulet_gguf.errors import EngineError
 from amulet_gguf.gguf import Header, read_header
 
+#: Context of a model that could take more: the memory of a cache grows with it.
+DEFAULT_N_CTX: Final = 4096
 _CELLS: Final = 256  # a context is a multiple of it
 # Python, numba and LLVM take 110 MB. The rest was fitted to what `amulet bench` measured: 183 MB beyond
 # model and cache with V = 49,152, and 242 MB with V = 151,936.
@@ -58,10 +60,11 @@ def estimate(header: Header, weights: int, n_ctx: int, n_sequences: int) -> Memo
     )
 
 
-def check_fits(path: Path, n_ctx: int, n_sequences: int, available: int | None = None) -> None:
+def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int | None = None) -> None:
     """Refuse a model that the machine cannot hold, before it is loaded.
 
     Args:
+        n_ctx: tokens per sequence; None: `DEFAULT_N_CTX`, or what the model can if less.
         available: bytes; None: what the system says.
 
     Raises:
@@ -69,6 +72,7 @@ def check_fits(path: Path, n_ctx: int, n_sequences: int, available: int | None =
         ModelNotFoundError, ModelFormatError: the file cannot be read.
     """
     header = read_header(path)
+    n_ctx = n_ctx or min(DEFAULT_N_CTX, header.n_ctx_train or DEFAULT_N_CTX)
     weights = sum(part.stat().st_size for part in parts(path))
     if available is None:
         available = psutil.virtual_memory().available

@@ -10,6 +10,8 @@ from amulet_gguf.cli.batch import batch
 from amulet_gguf.cli.bench import bench
 from amulet_gguf.cli.chat import chat
 from amulet_gguf.cli.compare import compare
+from amulet_gguf.cli.completion import completion
+from amulet_gguf.cli.doctor import doctor
 from amulet_gguf.cli.evaluate import evaluate
 from amulet_gguf.cli.explain import explain
 from amulet_gguf.cli.generate import generate
@@ -58,3 +60,5 @@ main.add_command(sessions)
 main.add_command(profiles)
 main.add_command(bench)
 main.add_command(evaluate)
+main.add_command(doctor)
+main.add_command(completion)

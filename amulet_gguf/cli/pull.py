@@ -16,7 +16,8 @@ def _complete(_context: click.Context, _parameter: click.Parameter, typed: str) 
 
 
 @click.command(
-    epilog=f"Short names: {', '.join(CATALOGUE)}. HF_TOKEN opens gated models, HF_ENDPOINT names a mirror."
+    epilog=f"Short names: {', '.join(CATALOGUE)}. HF_TOKEN opens gated models, HF_ENDPOINT names a "
+    "mirror."
 )
 @click.argument("name", shell_complete=_complete)
 def pull(name: str) -> None:
