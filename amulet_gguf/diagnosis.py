@@ -61,7 +61,7 @@ def diagnose() -> Iterator[Check]:
     for name, check in checks:
         try:
             yield check()
-        except AmuletError as error:
+        except AmuletError as error:  # noqa: PERF203
             yield Check(name, "failed", str(error), "do as it says")
         except Exception as error:  # a doctor who falls ill helps nobody
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -85,7 +85,7 @@ def _processor() -> Check:
     features = [each for each in features if each]
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64") and "AVX2" not in features:
-        cure = "install for this machine: pip install --no-cache-dir --force-reinstall llama-cpp-python"
+        cure = f"build it for this machine: {_REBUILD}"
         return Check("processor", "warning", f"without AVX2: {', '.join(features)}", cure)
     return Check("processor", "ok", ", ".join(features))
 
@@ -95,7 +95,7 @@ def _offload() -> Check:
 
     if can_offload():
         return Check("offload", "ok", "llama.cpp can run layers on a GPU")
-    cure = f"with a GPU: {_GPU_LINE} (or GGML_METAL, GGML_VULKAN)"
+    cure = f"with a GPU: CMAKE_ARGS=-DGGML_CUDA=on {_REBUILD} (or GGML_METAL, GGML_VULKAN)"
     return Check("offload", "warning", "llama.cpp was built for the CPU alone", cure)
 
 

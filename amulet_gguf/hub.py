@@ -159,7 +159,7 @@ def _fetch(repo: str, remote: _Remote, path: Path, progress: Progress) -> None:
     from filelock import FileLock, Timeout
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     try:
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=0), path.open("ab") as file:
