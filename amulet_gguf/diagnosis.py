@@ -20,9 +20,7 @@ from amulet_gguf.errors import AmuletError
 if TYPE_CHECKING:
     from amulet_gguf.realign import Float64Array
 
-_GPU_LINE: Final = (
-    "CMAKE_ARGS=-DGGML_CUDA=on pip install --no-cache-dir --force-reinstall llama-cpp-python"
-)
+_REBUILD: Final = "pip install --no-cache-dir --force-reinstall llama-cpp-python"
 _TOLERANCE: Final = 2e-5  # of log-probabilities in float32, against the game in float64
 _SECONDS: Final = 3.0  # of decoding, for the speed
 
