@@ -98,18 +98,39 @@ def read_header(path: Path, *, brief: bool = False) -> Header:
         ModelNotFoundError: there is no such file, or it cannot be read.
         ModelFormatError: it is not a GGUF file, or a damaged one.
     """
+    check_magic(path)
     try:
-        with path.open("rb") as file:
-            if file.read(4) != _MAGIC:
-                raise ModelFormatError(f"{path} is not a GGUF file: choose a model in GGUF format")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data).header(brief)
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"there is no model file at {path}: check the path") from None
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data).header(brief)
     except OSError as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as error:
-        raise ModelFormatError(f"{path} is damaged or cut off ({error}): download it again") from None
+        raise ModelNotFoundError(f"{_shown(path)} cannot be read: {error.strerror or error}") from None
+    except (struct.error, ValueError, IndexError, OverflowError) as error:
+        raise ModelFormatError(
+            f"{_shown(path)} is damaged or incomplete ({error}): download it again"
+        ) from None
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def check_magic(path: Path) -> None:
+    """Refuse what is certainly not a GGUF file; errors as `read_header`."""
+    try:
+        if path.is_dir():
+            raise ModelNotFoundError(f"{path} is a folder: name a .gguf file in it")
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except ModelNotFoundError:  # a FileNotFoundError too
+        raise
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"there is no model file at {_shown(path)}: check the path") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelNotFoundError(f"{_shown(path)} cannot be read: {reason}") from None
+    if magic != _MAGIC:
+        raise ModelFormatError(f"{path} is not a GGUF file: choose a model in GGUF format")
 
 
 class _Reader:

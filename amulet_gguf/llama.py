@@ -25,9 +25,9 @@ from amulet_gguf.errors import (
     ClosedError,
     EngineError,
     ModelFormatError,
-    ModelNotFoundError,
     SettingError,
 )
+from amulet_gguf.gguf import check_magic
 from amulet_gguf.rpc import add_servers, has_device, parse_servers
 
 # Both are read when the libraries load. Spinning OpenMP barriers make two processes that share the
@@ -117,7 +117,7 @@ class Model:
             raise SettingError(f"n_gpu_layers must be from -1 to {_MAX_GPU_LAYERS}, got {n_gpu_layers}")
         servers = [] if rpc is None else parse_servers(rpc)
         self.path = Path(path)
-        _check_magic(self.path)
+        check_magic(self.path)
         _set_up()
         if servers:
             add_servers(servers)
@@ -289,29 +289,6 @@ class Model:
 def because() -> str:
     """Return the first complaint of llama.cpp since the last call, without the name of its function."""
     return f": {' '.join(recent_errors[0].split(': ', 1)[-1].split())}" if recent_errors else ""
-
-
-def _shown(path: Path) -> str:
-    text = str(path)
-    return text if text.isprintable() else repr(text)
-
-
-def _check_magic(path: Path) -> None:
-    """Refuse what is certainly not a GGUF file, with a better reason than llama.cpp's."""
-    try:
-        if path.is_dir():
-            raise ModelNotFoundError(f"{path} is a folder: name a .gguf file in it")
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except ModelNotFoundError:  # a FileNotFoundError too
-        raise
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"there is no model file at {_shown(path)}: check the path") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ModelNotFoundError(f"{_shown(path)} cannot be read: {reason}") from None
-    if magic != b"GGUF":
-        raise ModelFormatError(f"{path} is not a GGUF file: choose a model in GGUF format")
 
 
 def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | None) -> Any:
