@@ -27,7 +27,8 @@ from amulet_gguf.errors import (
     ModelFormatError,
     SettingError,
 )
-from amulet_gguf.gguf import check_magic
+from amulet_gguf.gguf import check_magic, read_header
+from amulet_gguf.memory import cache_bytes
 from amulet_gguf.rpc import add_servers, has_device, parse_servers
 
 # Both are read when the libraries load. Spinning OpenMP barriers make two processes that share the
@@ -200,17 +201,7 @@ class Model:
 
     def cache_bytes(self, n_ctx: int, n_sequences: int) -> int:
         """Estimate the KV cache of a context, as if all layers attended to all of it (in float16)."""
-        architecture = self.metadata("general.architecture")
-
-        def number(key: str, default: int) -> int:
-            value = self.metadata(f"{architecture}.{key}")
-            return int(value) if value and value.isdigit() else default
-
-        heads = number("attention.head_count", 1)
-        head_size = number("embedding_length", 0) // max(1, heads)
-        sizes = number("attention.key_length", head_size) + number("attention.value_length", head_size)
-        per_layer = number("attention.head_count_kv", heads) * sizes * 2
-        return number("block_count", 0) * per_layer * n_ctx * n_sequences
+        return cache_bytes(read_header(self.path), n_ctx, n_sequences)
 
     @property
     def bos(self) -> int:

@@ -45,19 +45,24 @@ def estimate(header: Header, weights: int, n_ctx: int, n_sequences: int) -> Memo
     Args:
         weights: bytes of the file or files.
     """
-    n_ctx = -(-n_ctx // _CELLS) * _CELLS
+    return Memory(
+        weights=weights,
+        cache=cache_bytes(header, -(-n_ctx // _CELLS) * _CELLS, n_sequences),
+        work=_BASE + _PER_TOKEN_OF_VOCABULARY * header.n_vocab,
+    )
+
+
+def cache_bytes(header: Header, n_ctx: int, n_sequences: int) -> int:
+    """Estimate keys and values, as if all layers attended to all of the context (in float16).
+
+    The state of a recurrent layer, which does not grow with the context, is left out.
+    """
     heads = header.per_layer("attention.head_count", 1)
     head_size = header.number("embedding_length") // max(1, max(heads, default=1))
     sizes = header.number("attention.key_length", head_size)
     sizes += header.number("attention.value_length", head_size)
     kv_heads = header.per_layer("attention.head_count_kv", max(heads, default=1))
-    if header.number("ssm.state_size") and not any(heads):
-        kv_heads = []  # its state does not grow with the context
-    return Memory(
-        weights=weights,
-        cache=sum(kv_heads) * sizes * 2 * n_ctx * n_sequences,
-        work=_BASE + _PER_TOKEN_OF_VOCABULARY * header.n_vocab,
-    )
+    return sum(kv_heads) * sizes * 2 * n_ctx * n_sequences
 
 
 def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int | None = None) -> None:
