@@ -98,6 +98,7 @@ class Chat:
         self.name = self.new_name()
         self.n_tokens = 0
         self._console = console
+        self._typed = ""  # while the last answer was written
         self._confirm: PromptSession[str] | None = None
 
     @staticmethod
@@ -162,6 +163,7 @@ class Chat:
                         turn.cancel()
             finally:
                 turn.close()
+            self._typed = keys.typed
         self._report(turn, settings.strength)
         usage = turn.stream.usage
         self.n_tokens = usage.prompt_tokens + usage.completion_tokens
@@ -300,7 +302,8 @@ class Chat:
         self.tell(f"{model}. Type a message; /help lists commands, Ctrl-D leaves.")
         while True:
             try:
-                yield session.prompt("> ", bottom_toolbar=self._status)
+                typed, self._typed = self._typed, ""
+                yield session.prompt("> ", bottom_toolbar=self._status, default=typed)
             except KeyboardInterrupt:  # noqa: PERF203
                 self.tell("Ctrl-D or /exit leaves.")
             except EOFError:
@@ -314,13 +317,20 @@ class Chat:
 
     def _line_editor(self) -> PromptSession[str]:
         from prompt_toolkit import PromptSession
-        from prompt_toolkit.completion import NestedCompleter
+        from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+        from prompt_toolkit.document import Document
         from prompt_toolkit.history import FileHistory, InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
         from prompt_toolkit.output import ColorDepth
 
         from amulet_gguf.cli import slash
         from amulet_gguf.home import history_file
+
+        class SlashCompleter(Completer):
+            def get_completions(self, document: Document, _: CompleteEvent) -> Iterable[Completion]:
+                typed = document.text_before_cursor
+                for word in slash.complete(typed):
+                    yield Completion(word, -len(typed.split(" ")[-1]))
 
         bindings = KeyBindings()
 
@@ -342,6 +352,6 @@ class Chat:
             key_bindings=bindings,
             color_depth=colors,
             complete_while_typing=False,
-            completer=NestedCompleter.from_nested_dict(slash.completions()),
+            completer=SlashCompleter(),
             enable_history_search=True,
         )

@@ -293,9 +293,15 @@ COMMANDS: Final[dict[str, Command]] = {
 }
 
 
-def completions() -> dict[str, dict[str, None]]:
-    """Return the words that can follow each command."""
-    return {f"/{name}": dict.fromkeys(command.words()) for name, command in COMMANDS.items()}
+def complete(typed: str) -> list[str]:
+    """Return the words that can stand for the last one typed: commands, or what may follow one."""
+    name, *words = typed.split(" ")
+    if not typed.startswith("/"):
+        return []
+    if not words:
+        return [f"/{command}" for command in COMMANDS if f"/{command}".startswith(name)]
+    command = COMMANDS.get(ALIASES.get(name[1:], name[1:]))
+    return [word for word in command.words() if word.startswith(words[-1])] if command else []
 
 
 ALIASES: Final = {"quit": "exit", "bye": "exit", "q": "exit", "?": "help", "retry": "regen"}

@@ -108,10 +108,12 @@ class Keys:
 
     Attributes:
         stop: Ctrl-C was pressed, or the process was interrupted.
+        typed: text, for the next line.
     """
 
     def __init__(self) -> None:
         self.stop = False
+        self.typed = ""
         self._input: Any = None
 
     def poll(self) -> list[str]:
@@ -119,6 +121,7 @@ class Keys:
         if self._input is None:
             return []
         keys = [str(getattr(press.key, "value", press.key)) for press in self._input.read_keys()]
+        self.typed += "".join(key for key in keys if len(key) == 1)
         self.stop = self.stop or "c-c" in keys
         return keys
 
