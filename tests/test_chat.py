@@ -63,10 +63,13 @@ class Terminal:
             self.read()
 
     def ready(self) -> None:
-        """Wait for the prompt with its status below."""
-        self.until(
-            lambda text: bool(re.search(r"> *\n+.* of [\d,]+ tokens *\n*$", text.rstrip() + "\n"))
-        )
+        """Wait for the prompt that follows what was said so far."""
+
+        def is_ready(text: str) -> bool:
+            last = re.search(r"^> *\n+.* of [\d,]+ tokens\Z", text.rstrip(), re.MULTILINE)
+            return len(re.findall(r"^> ?", text, re.MULTILINE)) == self.n_prompts and bool(last)
+
+        self.until(is_ready, 20)
 
     def say(self, line: str) -> None:
         self.n_prompts += 1
@@ -226,11 +229,11 @@ def test_a_full_context_is_asked_about_and_nothing_is_cut(start: Start) -> None:
     terminal.ready()
     terminal.say(long)
     terminal.until(r"Forget the oldest 1 of 1 turns\? \[y/N\]")
-    terminal.say("n")
+    terminal.press("n\r")
     terminal.until("nothing was forgotten")
-    terminal.say(long)
+    terminal.say("")  # the message waits to be sent again
     terminal.until(lambda text: text.count("[y/N]") == 2)
-    terminal.say("y")
+    terminal.press("y\r")
     terminal.ready()
     terminal.say("/exit")
     assert terminal.end() == 0

@@ -219,6 +219,7 @@ class Chat:
         reply = self._confirm.prompt(f"Forget the oldest {n} of {turns} turns? [y/N] ")
         if reply.strip().lower() not in ("y", "yes"):
             self.tell("nothing was forgotten. /drop N, /clear, or amulet chat --resume --n-ctx N")
+            self._typed = text  # to be sent again
             return False
         self.save()  # under the old name, whole
         self.name = self.new_name()
