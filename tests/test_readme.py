@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from amulet_gguf.cli import main
 
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def with_help(text: str) -> str:
+    """Return a text with the help of each command that a comment names behind it."""
+    text = re.sub(r"(<!-- help:.*? -->)\n+```\n.*?\n```\n", r"\1\n", text, flags=re.DOTALL)
+
+    def show(match: re.Match[str]) -> str:
+        arguments = [*match[1].split(), "--help"]
+        shown = CliRunner().invoke(main, arguments, prog_name="amulet", terminal_width=90).output
+        return f"{match[0]}\n\n```\n$ amulet {' '.join(arguments)}\n{shown.strip()}\n```\n"
+
+    return re.sub(r"<!-- help:(.*?) -->", show, text)
+
+
+def test_the_help_shown_is_the_help_given() -> None:
+    text = README.read_text("utf-8")
+    expected = with_help(text)
+    if os.environ.get("AMULET_UPDATE_README"):
+        README.write_text(expected, "utf-8")
+    else:
+        assert text == expected, "run AMULET_UPDATE_README=1 scripts/test tests/test_readme.py"
 
 
 @pytest.mark.model

@@ -45,6 +45,8 @@ def _apply_profile(context: click.Context, _parameter: click.Parameter, name: st
     """Make a profile's values the defaults of the command: what is typed wins."""
     from amulet_gguf.config import load_config
 
+    if context.resilient_parsing:  # a shell completes
+        return
     config = load_config()
     is_named = name is not None
     name = name if is_named else config.profile
