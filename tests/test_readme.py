@@ -19,12 +19,12 @@ README = ROOT / "README.md"
 
 def with_help(text: str) -> str:
     """Return a text with the help of each command that a comment names behind it."""
-    text = re.sub(r"(<!-- help:.*? -->)\n+```\n.*?\n```\n", r"\1\n", text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- help:.*? -->)\n+```\n.*?\n```(?=\n)", r"\1", text, flags=re.DOTALL)
 
     def show(match: re.Match[str]) -> str:
         arguments = [*match[1].split(), "--help"]
         shown = CliRunner().invoke(main, arguments, prog_name="amulet", terminal_width=90).output
-        return f"{match[0]}\n\n```\n$ amulet {' '.join(arguments)}\n{shown.strip()}\n```\n"
+        return f"{match[0]}\n\n```\n$ amulet {' '.join(arguments)}\n{shown.strip()}\n```"
 
     return re.sub(r"<!-- help:(.*?) -->", show, text)
 
