@@ -97,6 +97,9 @@ class Context:
         parameters.n_outputs_max = n_outputs
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = False
+        if not (model.n_gpu_layers and can_offload()):
+            # On a CPU, reading at 2,000 tokens of context is 1.2 to 1.7 times as fast without.
+            parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.model = model
         recent_errors.clear()
         self._context = lib.llama_init_from_model(model.handle, parameters)
