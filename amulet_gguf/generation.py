@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from amulet_gguf.adaptive import Adapt, adapted, withhold
 from amulet_gguf.explaining import Explanation, explain
-from amulet_gguf.realign import Float32Array, combine_unchecked, log_plausibility
+from amulet_gguf.realign import Float32Array, argmax, combine_unchecked, log_plausibility
 from amulet_gguf.sampling import Sampler
 from amulet_gguf.text import TextAssembler
 
@@ -63,7 +63,7 @@ class Piece:
     Attributes:
         text: text that is now certain; may be empty, for characters and stop strings under way.
         token: the token's id; None where the answer ended without one.
-        changed: the token is not the one that ordinary prompting ranks first at this point.
+        changed: realignment put another token first here than ordinary prompting does.
         finish_reason: set on the last piece: "stop" (end of text, or a stop string), "length"
             (max_tokens or the context is used up), "cancelled".
         explanation: what realignment did here, where the request asked for it.
@@ -263,6 +263,7 @@ class Generation:
         """
         mixture = self.mixture  # once: another thread may replace it
         prompted = mixture.combine(logits, row)
+        changed = int(argmax(row)) != prompted  # before penalties and chance have their say
         n_alternatives = self.request.n_alternatives
         combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
         token = self.request.sampler.sample(row)
@@ -276,7 +277,6 @@ class Generation:
             explanation = explain(
                 logits, mixture.reference, combined, token, vocabulary.token_bytes, n_alternatives
             )
-        changed = token != prompted
         self.n_tokens += 1
         self._written.append(token)
         self.pending = [np.array([token], np.int32)] * self.n_branches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ _MAGIC: Final = b"GGUF"
 _MAX_KEYS: Final = 4096
 _MAX_TENSORS: Final = 65536
 _MAX_NUMBERS: Final = 4096  # of an array that is kept: per-layer numbers
+_MAX_TEXT: Final = 2**24  # bytes of one text; real templates have some thousand
+_MAX_TEXTS: Final = 2**22  # in arrays; the largest vocabularies and their merges have a million
 _SCALARS: Final = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -27,8 +30,12 @@ FILE_TYPES: Final = {
     11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M",
     18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S",
     25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M",
-    32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+    32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0",
 }  # fmt: skip
+_GUESSED: Final = 1024  # a bit that is set where llama.cpp guessed the type
+_IN_NAME: Final = re.compile(
+    r"(?<![A-Z0-9])(I?Q\d_[A-Z0-9]+(_[A-Z0-9]+)?|TQ[12]_0|MXFP4|NVFP4|BF16|F16|F32)(?![A-Z0-9])"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Header:
     @property
     def quantization(self) -> str:
         kind = self.metadata.get("general.file_type")
-        return FILE_TYPES.get(kind, "?") if isinstance(kind, int) else "?"
+        return FILE_TYPES.get(kind & ~_GUESSED, "?") if isinstance(kind, int) else "?"
 
     @property
     def n_ctx_train(self) -> int:
@@ -59,8 +66,8 @@ class Header:
 
     @property
     def n_vocab(self) -> int:
-        length = self.metadata.get("tokenizer.ggml.tokens.length", 0)
-        return self.number("vocab_size") or int(length)
+        length = self.metadata.get("tokenizer.ggml.tokens.length")
+        return self.number("vocab_size") or (length if isinstance(length, int) else 0)
 
     @property
     def n_parts(self) -> int:
@@ -110,6 +117,15 @@ def read_header(path: Path, *, brief: bool = False) -> Header:
         ) from None
 
 
+def quantization_in(name: str) -> str:
+    """Return the quantization that a file's name tells, "?" if it tells none.
+
+    What llama.cpp quantizes now has `general.file_type` behind the vocabulary, where `brief` ends.
+    """
+    match = _IN_NAME.search(name.upper())
+    return match[1] if match else "?"
+
+
 def _shown(path: Path) -> str:
     text = str(path)
     return text if text.isprintable() else repr(text)
@@ -119,7 +135,7 @@ def check_magic(path: Path) -> None:
     """Refuse what is certainly not a GGUF file; errors as `read_header`."""
     try:
         if path.is_dir():
-            raise ModelNotFoundError(f"{path} is a folder: name a .gguf file in it")
+            raise ModelNotFoundError(f"{_shown(path)} is a folder: name a .gguf file in it")
         with path.open("rb") as file:
             magic = file.read(4)
     except ModelNotFoundError:  # a FileNotFoundError too
@@ -130,7 +146,7 @@ def check_magic(path: Path) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ModelNotFoundError(f"{_shown(path)} cannot be read: {reason}") from None
     if magic != _MAGIC:
-        raise ModelFormatError(f"{path} is not a GGUF file: choose a model in GGUF format")
+        raise ModelFormatError(f"{_shown(path)} is not a GGUF file: choose a model in GGUF format")
 
 
 class _Reader:
@@ -139,6 +155,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self._at = 4
+        self._n_texts = 0
 
     def header(self, brief: bool) -> Header:
         version = self._scalar("I")
@@ -186,6 +203,8 @@ class _Reader:
 
     def _text(self) -> str:
         size = self._scalar("Q")
+        if size > _MAX_TEXT:
+            raise ValueError(f"a text of {size} bytes")
         begin = self._at
         self._skip(size)
         return self._data[begin : self._at].decode("utf-8", "replace")
@@ -200,8 +219,9 @@ class _Reader:
                 self._at,
                 len(self._data),
             )
-            if length > end // 8:
-                raise ValueError(f"{length} texts")
+            self._n_texts += length
+            if self._n_texts > _MAX_TEXTS:
+                raise ValueError(f"{self._n_texts} texts")
             for _ in range(length):
                 at += 8 + unpack(data, at)[0]
                 if at > end:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,6 +15,7 @@ from amulet_gguf.gguf import Header, read_header
 
 #: Context of a model that could take more: the memory of a cache grows with it.
 DEFAULT_N_CTX: Final = 4096
+_FIRST_PART: Final = re.compile(r"(.+)-00001-of-([0-9]{5})", re.DOTALL)
 _CELLS: Final = 256  # a context is a multiple of it
 # Python, numba and LLVM take 110 MB. The rest was fitted to what `amulet bench` measured: 183 MB beyond
 # model and cache with V = 49,152, and 242 MB with V = 151,936.
@@ -102,12 +105,11 @@ def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int |
 
 def parts(path: Path) -> list[Path]:
     """Return all files of a model, of which `path` is the only or the first one."""
-    stem, separator, count = path.stem.rpartition("-of-")
-    if not separator or not stem.endswith("-00001") or not count.isdecimal():
+    match = _FIRST_PART.fullmatch(path.stem)
+    if not match:
         return [path]
-    base = stem.removesuffix("00001")
-    found = [path.with_name(f"{base}{i:05}-of-{count}.gguf") for i in range(1, int(count) + 1)]
-    return [part for part in found if part.exists()]
+    base, count = match.groups()
+    return sorted(path.parent.glob(f"{glob.escape(base)}-[0-9][0-9][0-9][0-9][0-9]-of-{count}.gguf"))
 
 
 def _gb(n_bytes: int) -> str:
