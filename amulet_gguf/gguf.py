@@ -110,10 +110,10 @@ def read_header(path: Path, *, brief: bool = False) -> Header:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header(brief)
     except OSError as error:
-        raise ModelNotFoundError(f"{_shown(path)} cannot be read: {error.strerror or error}") from None
+        raise ModelNotFoundError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise ModelFormatError(
-            f"{_shown(path)} is damaged or incomplete ({error}): download it again"
+            f"{shown(path)} is damaged or incomplete ({error}): download it again"
         ) from None
 
 
@@ -126,7 +126,8 @@ def quantization_in(name: str) -> str:
     return match[1] if match else "?"
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
+    """Return a path that can be printed: what is no text in it is escaped."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
@@ -135,18 +136,18 @@ def check_magic(path: Path) -> None:
     """Refuse what is certainly not a GGUF file; errors as `read_header`."""
     try:
         if path.is_dir():
-            raise ModelNotFoundError(f"{_shown(path)} is a folder: name a .gguf file in it")
+            raise ModelNotFoundError(f"{shown(path)} is a folder: name a .gguf file in it")
         with path.open("rb") as file:
             magic = file.read(4)
     except ModelNotFoundError:  # a FileNotFoundError too
         raise
     except FileNotFoundError:
-        raise ModelNotFoundError(f"there is no model file at {_shown(path)}: check the path") from None
+        raise ModelNotFoundError(f"there is no model file at {shown(path)}: check the path") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ModelNotFoundError(f"{_shown(path)} cannot be read: {reason}") from None
+        raise ModelNotFoundError(f"{shown(path)} cannot be read: {reason}") from None
     if magic != _MAGIC:
-        raise ModelFormatError(f"{_shown(path)} is not a GGUF file: choose a model in GGUF format")
+        raise ModelFormatError(f"{shown(path)} is not a GGUF file: choose a model in GGUF format")
 
 
 class _Reader:

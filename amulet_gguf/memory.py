@@ -11,7 +11,7 @@ from typing import Final
 import psutil
 
 from amulet_gguf.errors import EngineError
-from amulet_gguf.gguf import Header, read_header
+from amulet_gguf.gguf import Header, read_header, shown
 
 #: Context of a model that could take more: the memory of a cache grows with it.
 DEFAULT_N_CTX: Final = 4096
@@ -97,8 +97,8 @@ def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int |
     else:
         cure = "choose a smaller model or quantization, or close other programs"
     raise EngineError(
-        f"{path.name} would need {_gb(needed.total)} GB (weights {_gb(needed.weights)}, cache of "
-        f"{n_sequences} x {n_ctx} tokens {_gb(needed.cache)}, work {_gb(needed.work)}) and "
+        f"{shown(Path(path.name))} would need {_gb(needed.total)} GB (weights "
+        f"{_gb(needed.weights)}, cache of {n_sequences} x {n_ctx} tokens {_gb(needed.cache)}, work {_gb(needed.work)}) and "
         f"{_gb(available)} GB are free: {cure}"
     )
 

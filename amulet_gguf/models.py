@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Installed:
     """A model on this machine.
 
     Attributes:
-        name: short, lower case, unique among all.
+        name: short, lower case, unique among all, and fit to be printed.
         path: its file; of a split one, the first.
         source: "pulled", "bundled", "project", "hub cache", "ollama" or "lm studio".
     """
@@ -40,7 +41,8 @@ def find_model(name: str | os.PathLike[str] | None = None) -> Path:
     """Return the model file: that of `name`, else of $AMULET_MODEL, else the default or bundled one.
 
     Args:
-        name: a path, or the name of an installed model, or the beginning of one name only.
+        name: a path, or the name of an installed model, or the beginning of one name only; also what it
+            was pulled by.
 
     Raises:
         ModelNotFoundError: no model has the name, several do, or there is none at all. Whether a file
@@ -76,30 +78,49 @@ def bundled_model() -> Path | None:
 
 def installed() -> list[Installed]:
     """Return all models found on this machine. Nothing is changed; what cannot be read is left out."""
-    found: dict[Path, tuple[str, str, str]] = {}  # name, longer name, source
-    for path, owner, source in _files():
+    found: dict[tuple[Path, str], tuple[list[str], Path, str]] = {}
+    for path, place, source in _files():
+        names = _names(path, place, source)
         with contextlib.suppress(OSError):
-            if path.is_file() and path.resolve() not in {each.resolve() for each in found}:
-                name = _PART.sub("", path.stem).lower() if source != "ollama" else owner
-                found[path] = (name, f"{owner}/{name}".lower(), source)
-    names = [name for name, _, _ in found.values()]
+            if path.is_file():  # one file may have two names in ollama
+                found.setdefault((path.resolve(), names[0]), (names, path, source))
+    counts = Counter(name for names, _, _ in found.values() for name in set(names))
     models = [
-        Installed(longer if names.count(name) > 1 and source != "ollama" else name, path, source)
-        for path, (name, longer, source) in found.items()
+        Installed(next((name for name in names if counts[name] == 1), _printable(path)), path, source)
+        for names, path, source in found.values()
     ]
     return sorted(models, key=lambda model: model.name)
 
 
+def _names(path: Path, place: str, source: str) -> list[str]:
+    """Return the names a model may have, the shortest first."""
+    name = place if source == "ollama" else _PART.sub("", path.stem)
+    owner = place.partition("/")[0]
+    names = [name, f"{owner}/{name}", f"{place}/{name}", f"{source.replace(' ', '-')}/{place}/{name}"]
+    return [_printable(each.lower()) for each in names]
+
+
+def _printable(text: object) -> str:
+    return "".join(c if c.isprintable() else "�" for c in str(text))
+
+
 def _resolve(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file() or name.endswith(".gguf") or name.startswith((".", "~", os.sep)):
+    path = Path(name)
+    with contextlib.suppress(RuntimeError):  # a user who does not exist
+        path = path.expanduser()
+    if _is_file(path):
+        return path
+    if name.endswith(".gguf") and _is_file(models_folder() / name):  # OWNER/REPO/FILE.gguf
+        return models_folder() / name
+    if name.endswith(".gguf") or name.startswith((".", "~", os.sep)):
         return path
     models = installed()
     wanted = name.lower()
     matches = [model for model in models if model.name == wanted]
+    matches = matches or [model for model in models if model.name == f"{wanted}:latest"]
     matches = matches or [model for model in models if _is_from(model, wanted)]
     matches = matches or [model for model in models if _begins(model.name, wanted)]
-    if len(matches) == 1:
+    if len({model.path.resolve() for model in matches}) == 1:
         return matches[0].path
     if matches:
         candidates = ", ".join(model.name for model in matches[:10])
@@ -119,7 +140,7 @@ def _resolve(name: str) -> Path:
 
 
 def _begins(name: str, wanted: str) -> bool:
-    return name.startswith(wanted) or name.rpartition("/")[2].startswith(wanted)
+    return name.startswith(wanted) or f"/{wanted}" in name
 
 
 def _is_from(model: Installed, wanted: str) -> bool:
@@ -133,10 +154,10 @@ def _is_from(model: Installed, wanted: str) -> bool:
 
 
 def _files() -> Iterator[tuple[Path, str, str]]:
-    """Yield paths of model files, to whom they belong (or an ollama model's name), and the source."""
+    """Yield paths of model files, their OWNER/REPO (or an ollama model's name), and the source."""
     home = Path.home()
     for path in _below(models_folder()):
-        yield path, path.parent.parent.name, "pulled"
+        yield path, _place(path, models_folder()), "pulled"
     if bundled := bundled_model():
         yield bundled, "bundled", "bundled"
     for path in _below(Path("models")):
@@ -146,11 +167,15 @@ def _files() -> Iterator[tuple[Path, str, str]]:
     for repo in _children(Path(hub) if hub else Path(hub_home) / "hub", "models--*--*"):
         snapshots = sorted(_children(repo / "snapshots", "*"), key=_changed_at)
         for path in _below(snapshots[-1]) if snapshots else ():
-            yield path, repo.name.split("--")[1], "hub cache"
+            yield path, "/".join(repo.name.split("--")[1:]), "hub cache"
     yield from _of_ollama(Path(os.environ.get("OLLAMA_MODELS") or home / ".ollama" / "models"))
     for folder in (home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"):
         for path in _below(folder):
-            yield path, path.parent.parent.name, "lm studio"
+            yield path, _place(path, folder), "lm studio"
+
+
+def _place(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).parent.as_posix()
 
 
 def _of_ollama(folder: Path) -> Iterator[tuple[Path, str, str]]:
@@ -182,6 +207,13 @@ def _below(folder: Path) -> list[Path]:
         if len(found) > _MAX_FILES:
             break
     return found
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, a folder that must not be read
+        return False
 
 
 def _children(folder: Path, pattern: str) -> list[Path]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import pexpect
 import pytest
 from click.testing import CliRunner, Result
 from conftest import Load, MakeContext, Tiny
@@ -21,7 +25,7 @@ from tiny_models import ARCHITECTURES
 from amulet_gguf.cli import main
 from amulet_gguf.context import Context
 from amulet_gguf.errors import EngineError, ModelError, ModelFormatError, ModelNotFoundError
-from amulet_gguf.gguf import read_header
+from amulet_gguf.gguf import FILE_TYPES, quantization_in, read_header
 from amulet_gguf.memory import cache_bytes, check_fits, estimate, parts
 from amulet_gguf.models import find_model, installed
 
@@ -48,6 +52,13 @@ def put(path: Path, source: Path | None = None) -> Path:
 
 def pulled(home: Path, name: str, source: Path | None = None) -> Path:
     return put(home / "amulet" / "models" / name, source)
+
+
+def amulet(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command in a process of its own, with a stdout that takes UTF-8 only."""
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, "-m", "amulet_gguf", *arguments]
+    return subprocess.run(command, capture_output=True, env=environment)
 
 
 def run(*arguments: str) -> Result:
@@ -107,6 +118,65 @@ def test_a_length_beyond_the_file_is_refused(tmp_path: Path) -> None:
         path.write_bytes(head + struct.pack("<I", kind) + rest)
         with pytest.raises(ModelFormatError, match="damaged or incomplete"):
             read_header(path)
+
+
+def header_of(*pairs: tuple[str, int, bytes], n_tensors: int = 0) -> bytes:
+    """A header of keys, kinds of values and values."""
+    keys = [
+        struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+        for key, kind, value in pairs
+    ]
+    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, len(keys)) + b"".join(keys)
+
+
+def text_of(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(8, struct.pack("<Q", 10**9)), (9, struct.pack("<IQ", 8, 10**8))],
+    ids=["text", "texts"],
+)
+def test_what_fits_into_the_file_is_limited_too(tmp_path: Path, kind: int, value: bytes) -> None:
+    path = put(tmp_path / "m.gguf")
+    path.write_bytes(header_of(("k", kind, value)))
+    with path.open("r+b") as file:
+        file.truncate(100 * 10**9)  # where such a length would not be beyond the end
+    with pytest.raises(ModelFormatError, match="damaged or incomplete"):
+        read_header(path)
+
+
+def test_a_key_that_looks_like_a_length_is_none(tmp_path: Path) -> None:
+    path = put(tmp_path / "m.gguf")
+    path.write_bytes(header_of(("tokenizer.ggml.tokens.length", 8, text_of("many"))))
+    assert read_header(path).n_vocab == 0
+
+
+@pytest.mark.parametrize(("number", "name"), [(15, "Q4_K_M"), (1024 + 7, "Q8_0"), (999, "?")])
+def test_quantization_is_the_name_of_the_file_type(tmp_path: Path, number: int, name: str) -> None:
+    path = put(tmp_path / "m.gguf")
+    path.write_bytes(header_of(("general.file_type", 4, struct.pack("<I", number))))
+    assert read_header(path).quantization == name
+
+
+@pytest.mark.parametrize("number", FILE_TYPES)
+def test_a_file_name_tells_each_quantization(number: int) -> None:
+    name = FILE_TYPES[number]
+    assert quantization_in(f"model-7b-it.{name.lower()}") == name
+    assert quantization_in(f"{name}-imat") == name
+    assert quantization_in("model-7b-q" + "x" * 1000) == quantization_in(f"a{name}b") == "?"
+
+
+def test_a_list_shows_the_quantization_that_stands_behind_the_vocabulary(home: Path) -> None:
+    words = struct.pack("<IQ", 8, 1) + text_of("a")
+    late = header_of(
+        ("general.architecture", 8, text_of("llama")),
+        ("tokenizer.ggml.tokens", 9, words),
+        ("general.file_type", 4, struct.pack("<I", 15)),
+    )
+    pulled(home, "o/r/model.Q4_K_M.gguf").write_bytes(late)
+    assert json.loads(run("ls", "--json").stdout)[0]["quantization"] == "Q4_K_M"
 
 
 def test_listing_reads_headers_and_not_files(home: Path, tiny: Tiny) -> None:
@@ -170,6 +240,23 @@ def test_all_parts_of_a_split_model_count(home: Path) -> None:
     assert installed()[0].name == "m"
 
 
+def test_a_part_that_promises_endless_parts_is_a_file_alone(home: Path) -> None:
+    path = pulled(home, "o/r/m-00001-of-99999999999.gguf")
+    assert parts(path) == [path]
+
+
+def test_parameters_of_all_parts_are_counted(home: Path) -> None:
+    tensor = text_of("t") + struct.pack("<IQQIQ", 2, 3, 5, 0, 0)
+    count = ("split.count", 2, struct.pack("<H", 3))
+    for i in (1, 2):
+        path = pulled(home, f"o/r/m[1]-0000{i}-of-00003.gguf")  # not a pattern
+        path.write_bytes(header_of(count, n_tensors=i) + tensor * i)
+    record = json.loads(run("show", "m[1]", "--json").stdout)
+    assert record["parameters"] == 3 * 15
+    assert (record["files"], record["files_missing"]) == (2, 1)
+    assert "1 missing" in run("show", "m[1]").stdout
+
+
 # Finding
 
 
@@ -211,6 +298,73 @@ def test_equal_names_are_told_apart_by_their_owners(home: Path) -> None:
     assert (find_model("alice/m"), find_model("BOB")) == (one, two)
     with pytest.raises(ModelNotFoundError, match="could be any of alice/m, bob/m"):
         find_model("m")
+
+
+def test_every_model_can_be_named_whatever_the_clashes(home: Path) -> None:
+    files = [
+        pulled(home, "alice/r/m.gguf"),
+        pulled(home, "alice/r2/m.gguf"),
+        put(home / "hf/hub/models--alice--r/snapshots/abc/m.gguf"),
+        put(home / ".lmstudio/models/alice/r/m.gguf"),
+        put(home / "models/alice/m.gguf"),
+        put(home / "models/m.gguf"),
+    ]
+    models = installed()
+    assert {model.path for model in models} == set(files)
+    assert len({model.name for model in models}) == len(files)
+    for model in models:
+        assert find_model(model.name) == model.path
+    assert find_model("alice/r2") == files[1]
+
+
+def test_one_file_of_ollama_may_have_two_names(home: Path, tiny: Tiny) -> None:
+    digest = "sha256:" + "b" * 64
+    blob = put(home / "ollama/blobs" / digest.replace(":", "-"), tiny("llama"))
+    layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": digest}]
+    for tag in ("1b", "latest"):
+        manifest = put(home / "ollama/manifests/registry.ollama.ai/library/llama3.2" / tag)
+        manifest.write_text(json.dumps({"layers": layers}))
+    assert [model.name for model in installed()] == ["llama3.2:1b", "llama3.2:latest"]
+    for name in ("llama3.2:1b", "llama3.2:latest", "llama3.2", "llama"):
+        assert find_model(name) == blob
+
+
+def test_a_bare_name_of_ollama_is_its_latest(home: Path) -> None:
+    for letter, tag in (("a", "1b"), ("b", "latest")):
+        digest = f"sha256:{letter * 64}"
+        put(home / "ollama/blobs" / digest.replace(":", "-"))
+        layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": digest}]
+        manifest = put(home / "ollama/manifests/registry.ollama.ai/library/x" / tag)
+        manifest.write_text(json.dumps({"layers": layers}))
+    assert find_model("x").name == "sha256-" + "b" * 64
+
+
+def test_the_name_that_was_pulled_finds_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pulled(home, "own/repo/file.gguf")
+    assert find_model("own/repo/file.gguf") == path
+    assert find_model("own/repo/other.gguf") == Path("own/repo/other.gguf")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~nobodyhere", "~nobodyhere/m.gguf", "a\0b", "/" * 5000])
+def test_impossible_names_are_one_line(home: Path, name: str) -> None:
+    result = run("show", name)
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_hostile_file_names_cannot_reach_a_terminal(home: Path) -> None:
+    put(home / "models" / "a\x1b[31m.gguf")
+    put(home / "models" / "a\u202e.gguf")
+    put(home / "models" / os.fsdecode(b"a\xff.gguf"))
+    assert all(model.name.isprintable() for model in installed())
+    with pytest.raises(ModelNotFoundError) as caught:
+        find_model("a")
+    assert str(caught.value).isprintable()
+    for arguments in (["ls"], ["ls", "--json"]):
+        result = amulet("models", *arguments)
+        assert result.returncode == 0
+        assert result.stderr == b""
 
 
 def test_names_and_prefixes(home: Path) -> None:
@@ -282,6 +436,47 @@ def test_only_what_was_pulled_is_removed(home: Path) -> None:
     assert all(file.exists() for file in files)
     assert run("rm", "m", "--yes").exit_code == 0
     assert not (home / "amulet" / "models" / "o").exists()
+
+
+def test_a_link_from_outside_removes_neither_itself_nor_the_model(home: Path) -> None:
+    path = pulled(home, "o/r/m.gguf")
+    link = home / "elsewhere" / "empty" / "link.gguf"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(path)
+    (home / "amulet" / "models" / "away").symlink_to(link.parent)
+    for name in (link, home / "amulet" / "models" / "away" / "link.gguf"):
+        result = run("rm", str(name), "-y")
+        assert result.exit_code == 1
+        assert "not pulled by amulet" in result.stderr
+    assert link.is_symlink()
+    assert path.exists()
+
+
+def test_the_default_keeps_its_whole_name(home: Path, tiny: Tiny) -> None:
+    path = pulled(home, "o/r/model-a.gguf", tiny("llama"))
+    assert run("default", "mod").exit_code == 0
+    pulled(home, "o/r/model-b.gguf", tiny("llama"))
+    assert find_model() == path
+    other = put(home / "other.gguf", tiny("llama"))
+    assert run("default", "other.gguf").stdout.strip() == str(other)
+
+
+def test_a_default_that_the_environment_hides_is_said_so(
+    home: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pulled(home, "o/r/m.gguf", tiny("llama"))
+    monkeypatch.setenv("AMULET_MODEL", str(path))
+    assert "AMULET_MODEL goes before it" in run("default", "m").stderr
+
+
+def test_a_template_cannot_command_a_terminal(home: Path) -> None:
+    path = pulled(home, "o/r/m.gguf")
+    path.write_bytes(header_of(("tokenizer.chat_template", 8, text_of("a\x1b[31mb"))))
+    assert run("show", "m", "--template").stdout == "a\x1b[31mb\n"  # as it is, in a pipe
+    with pexpect.spawn(
+        sys.executable, ["-m", "amulet_gguf", "models", "show", "m", "--template"]
+    ) as shell:
+        assert "\x1b" not in shell.read().decode()
 
 
 def test_a_default_must_be_a_model(home: Path, tiny: Tiny) -> None:

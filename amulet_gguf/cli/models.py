@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,13 @@ def list_models(as_json: bool) -> None:
 
     Models of the hub's cache, ollama and LM Studio are found too, and left alone.
     """
+    from amulet_gguf.cli.terminal import Output
     from amulet_gguf.models import installed
 
     used = _default()
     rows = [_row(model, used) for model in installed()]
     if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False))
+        Output().write(json.dumps(rows, ensure_ascii=False) + "\n")
         return
     if not rows:
         click.echo("there is no model yet: amulet models pull NAME fetches one", err=True)
@@ -71,7 +73,7 @@ def list_models(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     """Show what a model is, and the memory it will need."""
-    from amulet_gguf.cli.terminal import printable
+    from amulet_gguf.cli.terminal import Output, printable
     from amulet_gguf.gguf import read_header
     from amulet_gguf.memory import estimate, parts
     from amulet_gguf.models import find_model
@@ -79,19 +81,25 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     path = find_model(name)
     header = read_header(path)
     source = header.text("tokenizer.chat_template")
+    output = Output()
     if template:
-        click.echo(source)
+        output.write(source)
+        output.end_line()
         return
-    size = sum(part.stat().st_size for part in parts(path))
+    files = parts(path)
+    size = sum(file.stat().st_size for file in files)
+    # A part tells only its own tensors.
+    n_parameters = sum(read_header(file).n_parameters for file in files)
     memory = {n: estimate(header, size, n_ctx, 1 + n).total for n in (0, 1, 2)}
     record: dict[str, Any] = {
         "path": str(path),
         "name": header.text("general.name"),
         "architecture": header.architecture,
-        "parameters": header.n_parameters,
+        "parameters": n_parameters,
         "quantization": header.quantization,
         "bytes": size,
-        "files": len(parts(path)),
+        "files": len(files),
+        "files_missing": max(0, header.n_parts - len(files)),
         "context_length": header.n_ctx_train,
         "layers": header.number("block_count"),
         "vocabulary": header.n_vocab,
@@ -105,14 +113,16 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         },
     }
     if as_json:
-        click.echo(json.dumps(record, ensure_ascii=False))
+        output.write(json.dumps(record, ensure_ascii=False) + "\n")
         return
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    missing = f", {record['files_missing']} missing" if record["files_missing"] else ""
     first = " ".join(source.split())
     lines = {
-        "file": str(path) + (f" and {record['files'] - 1} more" if record["files"] > 1 else ""),
+        "file": f"{path}{more}{missing}",
         "name": record["name"] or "not said",
         "architecture": f"{header.architecture}, {record['layers']} layers",
-        "parameters": f"{header.n_parameters:,}",
+        "parameters": f"{n_parameters:,}",
         "quantization": f"{header.quantization}, {size / 1e6:,.0f} MB",
         "context": f"{header.n_ctx_train:,} tokens",
         "vocabulary": f"{header.n_vocab:,} tokens",
@@ -124,7 +134,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         f"preference {memory[1] / 1e6:,.0f} MB, with two {memory[2] / 1e6:,.0f} MB",
     }
     for key, value in lines.items():
-        click.echo(f"{key:<13} {printable(value)}")
+        output.write(f"{key:<13} {printable(value)}\n")
 
 
 @models.command()
@@ -132,32 +142,35 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def rm(name: str, yes: bool) -> None:
     """Delete a model that was pulled."""
+    from amulet_gguf.gguf import shown
     from amulet_gguf.home import models_folder
     from amulet_gguf.memory import parts
     from amulet_gguf.models import find_model
 
     path = find_model(name)
     folder = models_folder().resolve()
-    if not path.resolve().is_relative_to(folder):
-        raise ModelNotFoundError(f"{path} was not pulled by amulet: remove it with what made it")
+    # Neither a link to the outside, nor one from there: what is deleted is the name, not the target.
+    path = path.parent.resolve() / path.name
+    if not (path.is_relative_to(folder) and path.resolve().is_relative_to(folder)):
+        raise ModelNotFoundError(f"{shown(path)} was not pulled by amulet: remove it with what made it")
     files = parts(path)
     if not files or not path.exists():
-        raise ModelNotFoundError(f"there is no model file at {path}: see amulet models ls")
+        raise ModelNotFoundError(f"there is no model file at {shown(path)}: see amulet models ls")
     size = sum(file.stat().st_size for file in files)
     if not yes:
         if not sys.stdin.isatty():
             raise click.UsageError("say --yes to delete without being asked")
-        click.confirm(f"Delete {path} ({size / 1e6:,.0f} MB)?", abort=True, err=True)
+        click.confirm(f"Delete {shown(path)} ({size / 1e6:,.0f} MB)?", abort=True, err=True)
     try:
         for file in files:
             file.unlink()
         for parent in path.parents:
-            if parent.resolve() == folder or any(parent.iterdir()):
+            if parent == folder or any(parent.iterdir()):
                 break
             parent.rmdir()
     except OSError as error:
-        raise ModelNotFoundError(f"{path} cannot be deleted: {error.strerror}") from None
-    click.echo(f"deleted: {path}", err=True)
+        raise ModelNotFoundError(f"{shown(path)} cannot be deleted: {error.strerror}") from None
+    click.echo(f"deleted: {shown(path)}", err=True)
 
 
 @models.command()
@@ -165,17 +178,22 @@ def rm(name: str, yes: bool) -> None:
 @click.option("--clear", is_flag=True, help="Go back to the bundled one.")
 def default(name: str | None, clear: bool) -> None:
     """Show the model that is used without -m, or make NAME it."""
+    from amulet_gguf.cli.terminal import Output
     from amulet_gguf.config import set_model
     from amulet_gguf.gguf import read_header
-    from amulet_gguf.models import find_model
+    from amulet_gguf.models import find_model, installed
 
     if clear:
         set_model(None)
     elif name:
         path = find_model(name)
         read_header(path)
-        set_model(str(path.absolute()) if Path(name).expanduser().is_file() else name)
-    click.echo(find_model())
+        # The whole name: a beginning can come to mean several.
+        names = {model.path: model.name for model in installed() if Path(name).name != path.name}
+        set_model(names.get(path, str(path.absolute())))
+    if (clear or name) and os.environ.get("AMULET_MODEL"):
+        click.echo("AMULET_MODEL goes before it: unset it to use the new one", err=True)
+    Output().write(f"{find_model()}\n")
 
 
 def _default() -> Path | None:
@@ -188,7 +206,7 @@ def _default() -> Path | None:
 
 
 def _row(model: Installed, used: Path | None) -> dict[str, Any]:
-    from amulet_gguf.gguf import read_header
+    from amulet_gguf.gguf import quantization_in, read_header
     from amulet_gguf.memory import parts
 
     row: dict[str, Any] = {
@@ -203,9 +221,10 @@ def _row(model: Installed, used: Path | None) -> dict[str, Any]:
         header = read_header(model.path, brief=True)
     except (AmuletError, OSError) as error:
         return row | {"error": str(error)}
+    quantization = header.quantization
     return row | {
         "architecture": header.architecture,
         "size": header.text("general.size_label"),
-        "quantization": header.quantization,
+        "quantization": quantization if quantization != "?" else quantization_in(model.name),
         "context_length": header.n_ctx_train,
     }
