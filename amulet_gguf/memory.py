@@ -97,8 +97,8 @@ def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int |
     else:
         cure = "choose a smaller model or quantization, or close other programs"
     raise EngineError(
-        f"{shown(Path(path.name))} would need {_gb(needed.total)} GB (weights "
-        f"{_gb(needed.weights)}, cache of {n_sequences} x {n_ctx} tokens {_gb(needed.cache)}, work {_gb(needed.work)}) and "
+        f"{shown(Path(path.name))} would need {_gb(needed.total)} GB (weights {_gb(needed.weights)}, "
+        f"cache of {n_sequences} x {n_ctx} tokens {_gb(needed.cache)}, work {_gb(needed.work)}) and "
         f"{_gb(available)} GB are free: {cure}"
     )
 
