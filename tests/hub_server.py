@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import quote, unquote
 
 TOKEN = "hf_secret"
 
@@ -26,6 +27,7 @@ class Hub:
         lie: files whose digest is said wrong.
         pause: seconds between pieces of a file.
         ignores_ranges: a range is answered with the whole file.
+        surplus: bytes that follow each file.
         asked: (path, range) of every file that was sent.
     """
 
@@ -37,6 +39,7 @@ class Hub:
     lie: set[str] = field(default_factory=set)
     pause: float = 0.0
     ignores_ranges: bool = False
+    surplus: bytes = b""
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
     def digest(self, name: str) -> str:
@@ -55,7 +58,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub = self.server.hub
-        path = self.path.partition("?")[0]
+        path = unquote(self.path.partition("?")[0])
+        token = self.headers.get("Authorization")
+        if token not in (None, f"Bearer {TOKEN}"):
+            self._answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/main)?", path):
             self._info(hub, match[1])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
@@ -66,7 +73,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(404, {"X-Error-Code": "EntryNotFound"})
                 return
             # As on the hub, the file itself comes from elsewhere.
-            self._answer(302, {"Location": f"{hub.url}/cdn/{name}", "ETag": f'"{hub.digest(name)}"'})
+            self._answer(
+                302, {"Location": f"{hub.url}/cdn/{quote(name)}", "ETag": f'"{hub.digest(name)}"'}
+            )
         elif path.startswith("/cdn/"):
             self._send(hub, path.removeprefix("/cdn/"))
         else:
@@ -100,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"Content-Type": "application/json"}, body.encode())
 
     def _send(self, hub: Hub, name: str) -> None:
-        data = hub.files[name]
+        data = hub.files[name] + hub.surplus
         wanted = self.headers.get("Range")
         hub.asked.append((name, wanted))
         start = 0

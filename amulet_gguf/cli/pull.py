@@ -19,13 +19,16 @@ def _complete(_context: click.Context, _parameter: click.Parameter, typed: str) 
     epilog=f"Short names: {', '.join(CATALOGUE)}. HF_TOKEN opens gated models, HF_ENDPOINT names a "
     "mirror."
 )
-@click.argument("name", shell_complete=_complete)
-def pull(name: str) -> None:
+@click.argument("name", required=False, metavar="NAME", shell_complete=_complete)
+def pull(name: str | None) -> None:
     """Fetch a model from the Hugging Face hub: OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO/FILE.gguf, or
     a short name.
 
     Stopped, it goes on where it was; the file appears when it is whole and its digest is right.
     """
+    if name is None:
+        raise click.UsageError(f"name a model: OWNER/REPO, or one of {', '.join(CATALOGUE)}")
+
     from amulet_gguf import hub
     from amulet_gguf.home import models_folder
 
@@ -33,6 +36,8 @@ def pull(name: str) -> None:
     click.echo(f"looking for {source.repo}", err=True)
     with _Bars() as bars:
         path = hub.pull(source, models_folder(), bars.update)
+    if not bars.names:
+        click.echo("it is here already, as the hub has it", err=True)
     click.echo(path)
 
 
@@ -43,13 +48,18 @@ class _Bars:
         self._progress: Any = None
         self._tasks: dict[str, Any] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The files that were fetched."""
+        return list(self._tasks)
+
     def __enter__(self) -> _Bars:
         if sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
 
             self._progress = progress.Progress(
-                progress.TextColumn("{task.description}"),
+                progress.TextColumn("{task.description}", markup=False),
                 progress.BarColumn(),
                 progress.DownloadColumn(),
                 progress.TransferSpeedColumn(),
