@@ -96,9 +96,10 @@ def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int |
         cure = f"it would fit with --n-ctx {_CELLS} and fewer preferences"
     else:
         cure = "choose a smaller model or quantization, or close other programs"
+    name = shown(Path(path.name))
     raise EngineError(
-        f"{shown(Path(path.name))} would need {_gb(needed.total)} GB (weights {_gb(needed.weights)}, "
-        f"cache of {n_sequences} x {n_ctx} tokens {_gb(needed.cache)}, work {_gb(needed.work)}) and "
+        f"{name} would need {_gb(needed.total)} GB (weights {_gb(needed.weights)}, cache of "
+        f"{n_sequences} x {n_ctx} tokens {_gb(needed.cache)}, work {_gb(needed.work)}) and "
         f"{_gb(available)} GB are free: {cure}"
     )
 

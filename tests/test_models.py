@@ -339,7 +339,7 @@ def test_a_bare_name_of_ollama_is_its_latest(home: Path) -> None:
     assert find_model("x").name == "sha256-" + "b" * 64
 
 
-def test_the_name_that_was_pulled_finds_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_that_was_pulled_finds_the_file(home: Path) -> None:
     path = pulled(home, "own/repo/file.gguf")
     assert find_model("own/repo/file.gguf") == path
     assert find_model("own/repo/other.gguf") == Path("own/repo/other.gguf")
