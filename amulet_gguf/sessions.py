@@ -14,11 +14,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
 
 from amulet_gguf.errors import AmuletError, SessionError
 from amulet_gguf.files import replacing, write_atomically
@@ -80,6 +77,11 @@ def names() -> list[str]:
 
     paths = [path for path in sessions_folder().glob("*.json") if _NAME.fullmatch(path.stem)]
     return [path.stem for path in sorted(paths, key=written_at, reverse=True)]
+
+
+def new_name() -> str:
+    """Return a name for a conversation that begins now."""
+    return datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
 
 
 def save(name: str, session: Session) -> Path:
@@ -199,6 +201,8 @@ def load_memory(name: str, model: Path) -> tuple[Encoded, bytes] | None:
     Raises:
         SessionError: the file is damaged, or not of this model and this version of llama.cpp.
     """
+    import numpy as np
+
     from amulet_gguf.prompting import Encoded
 
     path = session_path(name).with_suffix(".kv")
@@ -237,6 +241,8 @@ def _parts(about: bytes, tokens: bytes, data: bytes) -> Iterator[bytes]:
 
 def _origin(model: Path) -> dict[str, Any]:
     """Return what a memory is tied to: the weights, known by size and first megabyte, and llama.cpp."""
+    from importlib import metadata  # takes as long as all of the command line
+
     with model.open("rb") as file:
         beginning = hashlib.sha256(file.read(2**20)).hexdigest()
     return {

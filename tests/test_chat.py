@@ -290,6 +290,36 @@ def test_a_conversation_is_resumed_with_what_was_said_and_preferred() -> None:
     assert name in pipe("/show\n", "--resume", name).stderr
 
 
+def test_what_is_typed_goes_before_what_was_saved() -> None:
+    pipe("/prefer formal\n/strength 2\n/set temperature 0.5\nHello.\n/save one\n", "-n", "4")
+    shown = pipe("/show\n", "--resume", "one", "--strength", "3").stderr
+    assert "formal · strength 3" in shown
+    assert "temperature 0.5" in shown
+    assert "max_tokens 4" in shown
+
+
+def test_conversations_do_not_take_each_others_names() -> None:
+    done = pipe("Hi\n/save one\n/clear\nHo\n/clear\nHu\n/save one\n", "-n", "2")
+    assert "a session 'one' already" in done.stderr
+    said = [sessions.load(name).messages[0]["content"] for name in sessions.names()]
+    assert sorted(said) == ["Hi", "Hi", "Ho", "Hu"]
+
+
+def test_forgotten_turns_stay_in_the_session_before() -> None:
+    pipe("one\ntwo\n/save all\n/drop\nthree\n", "-n", "2")
+    turns = {name: len(sessions.load(name).messages) // 2 for name in sessions.names()}
+    assert turns.pop("all") == 2
+    texts = [sessions.load(name).messages for name in turns]
+    assert ["two", "three"] in [[each["content"] for each in text[::2]] for text in texts]
+
+
+def test_an_answer_that_cannot_be_written_again_is_kept() -> None:
+    long = "The people of the old house by the sea were learning to read. " * 12
+    done = pipe(f"{long}\n/set system {long * 3}\n/regen\n/show\n", "-n", "4", "-c", "256")
+    assert "the prompt has" in done.stderr
+    assert "1 turns" in done.stderr
+
+
 def test_a_damaged_memory_is_read_again(home: Path) -> None:
     pipe("My name is Ann.\n/save ann memory\n", "-n", "4")
     path = home / "sessions" / "ann.kv"

@@ -137,7 +137,7 @@ def test_a_memory_is_of_one_model_and_one_llama_cpp(
     other.write_bytes(b"GGUF" + bytes(2001))
     with pytest.raises(SessionError, match="another model"):
         sessions.load_memory("one", other)
-    monkeypatch.setattr(sessions.metadata, "version", lambda _: "9.9")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "9.9")
     with pytest.raises(SessionError, match=r"another model or llama\.cpp"):
         sessions.load_memory("one", model)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from amulet_gguf import sessions
 from amulet_gguf.cli.options import (
     loaded,
     model_options,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from amulet_gguf.conversation import Conversation, Turn
+    from amulet_gguf.settings import Settings
 
 _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
 
@@ -41,7 +44,10 @@ _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
     metavar="[NAME]",
     help="Go on with a saved conversation, without a name with the last one.",
 )
+@click.pass_context
 def chat(
+    context: click.Context,
+    /,
     model: str | None,
     n_ctx: int | None,
     n_gpu_layers: int | None,
@@ -61,8 +67,6 @@ def chat(
 
     from rich.console import Console
 
-    from amulet_gguf import sessions
-
     if resume == "":
         resume = next(iter(sessions.names()), None)
         if resume is None:
@@ -77,11 +81,23 @@ def chat(
 
         chat = Chat(Conversation(amulet, settings), console)
         if resume is not None:
-            chat.resume(resume, keep_settings=bool(options["prefer"]) or settings.system is not None)
+            chat.resume(resume, **_typed(context, settings))
         lines = chat.prompted() if is_terminal else (line.rstrip("\n") for line in sys.stdin)
         failed = chat.run(lines)
     if failed and not is_terminal:
         raise SystemExit(1)
+
+
+def _typed(context: click.Context, settings: Settings) -> dict[str, Any]:
+    """Return those of the settings that were typed: the others are the session's."""
+    source = context.get_parameter_source
+    typed = {name for name in context.params if source(name) is ParameterSource.COMMANDLINE}
+    names = [each.name for each in dataclasses.fields(settings)]
+    if "preset" not in typed:
+        names = [name for name in names if name in typed]
+        if typed & {"alpha", "lam", "eta", "iterations"}:
+            names.append("strength")
+    return {name: getattr(settings, name) for name in names}
 
 
 class Chat:
@@ -95,15 +111,11 @@ class Chat:
 
     def __init__(self, conversation: Conversation, console: Console) -> None:
         self.conversation = conversation
-        self.name = self.new_name()
+        self.name = sessions.new_name()
         self.n_tokens = 0
         self._console = console
         self._typed = ""  # while the last answer was written
         self._confirm: PromptSession[str] | None = None
-
-    @staticmethod
-    def new_name() -> str:
-        return datetime.now().strftime("%Y-%m-%d-%H%M%S")
 
     def run(self, lines: Iterable[str]) -> bool:
         """Answer lines until they end; return whether one of them failed."""
@@ -210,7 +222,6 @@ class Chat:
             if room > 0:
                 return True  # it is the message itself that is long
             raise PromptTooLongError(n_ctx - room, n_ctx)
-        shorter = list(conversation.messages)
         conversation.messages[:] = kept
         about = f"the context of {n_ctx:,} tokens is full: {max(0, room):,} are left for an answer"
         if self._confirm is None:
@@ -221,10 +232,14 @@ class Chat:
             self.tell("nothing was forgotten. /drop N, /clear, or amulet chat --resume --n-ctx N")
             self._typed = text  # to be sent again
             return False
-        self.save()  # under the old name, whole
-        self.name = self.new_name()
-        conversation.messages[:] = shorter
+        self.forget(n)
         return True
+
+    def forget(self, turns: int) -> None:
+        """Go on without the oldest turns, as another session: the one before stays whole."""
+        self.save()  # if it cannot be, nothing is forgotten
+        self.name = sessions.new_name()
+        self.conversation.drop_oldest(turns)
 
     def compare(self, text: str) -> None:
         """Answer a message, or the last one again, in four ways; the conversation stays as it is."""
@@ -255,8 +270,6 @@ class Chat:
 
     def save(self) -> Any:
         """Save the conversation under its name."""
-        from amulet_gguf import sessions
-
         conversation = self.conversation
         model = str(conversation.amulet.model.path)
         return sessions.save(
@@ -272,16 +285,17 @@ class Chat:
         except AmuletError as error:
             self.tell(f"[not saved: {error}]")
 
-    def resume(self, name: str, keep_settings: bool = False) -> None:
-        """Go on with a session, from what the model held of it if that was saved."""
-        from amulet_gguf import sessions
+    def resume(self, name: str, **typed: Any) -> None:
+        """Go on with a session, from what the model held of it if that was saved.
 
+        Args:
+            **typed: settings that go before those of the session.
+        """
         session = sessions.load(name)
         conversation = self.conversation
         conversation.clear()
         conversation.messages.extend(session.messages)
-        if not keep_settings:
-            conversation.settings = session.settings
+        conversation.settings = dataclasses.replace(session.settings, **typed)
         self.name = name
         begin = time.perf_counter()
         try:

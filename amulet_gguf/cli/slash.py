@@ -182,8 +182,12 @@ def _regen(chat: Chat, _text: str) -> None:
     said = chat.conversation.undo()
     if said is None:
         raise SettingError("there is no answer to write again")
-    if not chat.answer(said):  # nothing came of it: what was there is better
-        chat.conversation.messages[:] = messages
+    is_answered = False
+    try:
+        is_answered = chat.answer(said)
+    finally:
+        if not is_answered:  # nothing came of it: what was there is better
+            chat.conversation.messages[:] = messages
 
 
 def _undo(chat: Chat, _text: str) -> None:
@@ -198,7 +202,8 @@ def _save(chat: Chat, text: str) -> None:
     name, *more = _split(text) or [chat.name]
     if more not in ([], ["memory"]):
         raise SettingError("/save NAME, or /save NAME memory to resume a long conversation at once")
-    sessions.session_path(name)  # before the name is taken over
+    if name != chat.name and sessions.session_path(name).exists():
+        raise SettingError(f"there is a session {name!r} already: choose another name, or remove it")
     chat.name = name
     path = chat.save()
     chat.tell(f"saved: {path}")
@@ -218,16 +223,16 @@ def _load(chat: Chat, text: str) -> None:
 
 def _clear(chat: Chat, _text: str) -> None:
     chat.conversation.clear()
-    chat.name = chat.new_name()
+    chat.name = sessions.new_name()
     chat.tell("a new conversation; the one before is saved")
 
 
 def _drop(chat: Chat, text: str) -> None:
     if text and not (text.isdecimal() and int(text) > 0):
         raise SettingError(f"/drop N: N must be a number of turns, got {text!r}")
-    chat.conversation.drop_oldest(int(text or 1))
-    chat.autosave()
-    chat.tell(f"{len(chat.conversation.messages) // 2} turns are left")
+    before = chat.name
+    chat.forget(int(text or 1))
+    chat.tell(f"{len(chat.conversation.messages) // 2} turns are left; {before} has all of them")
 
 
 def _compare(chat: Chat, text: str) -> None:
