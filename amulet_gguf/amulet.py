@@ -16,7 +16,7 @@ from amulet_gguf.llama import Model, can_offload
 from amulet_gguf.memory import DEFAULT_N_CTX, check_fits
 from amulet_gguf.models import find_model
 from amulet_gguf.planning import Planner
-from amulet_gguf.prompting import Encoded, Message
+from amulet_gguf.prompting import Message
 from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
@@ -84,10 +84,8 @@ class Stream(Iterator[Piece]):
         engine: Engine,
         generation: Generation,
         on_prefill: Callable[[int, int], None] | None,
-        planner: Planner,
     ) -> None:
         self._generation = generation
-        self._planner = planner
 
         def on_step(generation: Generation) -> None:
             if on_prefill is not None and generation.n_tokens == 0:
@@ -115,13 +113,6 @@ class Stream(Iterator[Piece]):
     def cancel(self) -> None:
         """End the answer within a step; the pieces that are left can still be taken."""
         self._engine.cancel(self._generation)
-
-    def adjust(self, settings: Settings) -> None:
-        """Change strength, weights, plausibility or adapt from the next token on.
-
-        Only of a live stream (see `amulet_gguf.conversation`), and the preferences must be as many.
-        """
-        self._generation.mixture = self._planner.mixture(settings)
 
     @property
     def is_finished(self) -> bool:
@@ -195,7 +186,8 @@ class Amulet:
         """Load a model.
 
         Args:
-            path: a GGUF file. None: that of $AMULET_MODEL, else the bundled one.
+            path: a GGUF file, or the name of an installed model; `amulet_gguf.models.find_model` says
+                which names there are, and what None stands for.
             n_ctx: tokens of prompt and answer together. None: 4096, or what the model can if less.
             n_gpu_layers: layers to run on the GPU, negative for all. None: all if llama.cpp can.
             n_threads: CPU threads. None: one per physical core.
@@ -207,6 +199,7 @@ class Amulet:
 
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
+            ConfigError: the default model is asked for, and the configuration has a mistake.
             SettingError: a number out of range, or rpc not possible.
             EngineError: not enough memory (see `amulet_gguf.memory.check_fits`), or an RPC server cannot
                 be reached.
@@ -287,21 +280,7 @@ class Amulet:
         """
         settings = dataclasses.replace(settings or Settings(), **options)  # type: ignore[arg-type]
         request = self.planner.request(prompt, messages, settings)
-        return Stream(self.engine, self.engine.submit(request), on_prefill, self.planner)
-
-    def stream_live(
-        self,
-        messages: Sequence[Message],
-        settings: Settings,
-        known: Encoded | None,
-        n_alternatives: int,
-        on_prefill: Callable[[int, int], None] | None,
-    ) -> Stream:
-        """Answer a conversation that goes on: see `Planner.request`; errors as `stream`."""
-        request = self.planner.request(
-            None, messages, settings, is_live=True, known=known, n_alternatives=n_alternatives
-        )
-        return Stream(self.engine, self.engine.submit(request), on_prefill, self.planner)
+        return Stream(self.engine, self.engine.submit(request), on_prefill)
 
     def generate(
         self,
@@ -343,7 +322,7 @@ class Amulet:
         pieces: dict[str, list[Piece]] = {name: [] for name in requests}
         try:
             for name, request in requests.items():
-                streams[name] = Stream(self.engine, self.engine.submit(request), None, self.planner)
+                streams[name] = Stream(self.engine, self.engine.submit(request), None)
             running = dict(streams)
             while running:
                 for name, stream in list(running.items()):

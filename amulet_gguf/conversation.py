@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from amulet_gguf.amulet import Amulet, Stream
-from amulet_gguf.errors import PromptError
-from amulet_gguf.generation import Piece
+from amulet_gguf.generation import Generation, Piece, Request
 from amulet_gguf.prompting import Encoded, Message, conversation, with_preference
 from amulet_gguf.settings import Options, Settings
 
@@ -27,13 +26,15 @@ class Turn(Iterator[Piece]):
     """An answer being written. When it ends, in whatever way, it becomes part of the conversation.
 
     Attributes:
+        stream: for its counts and times.
         pieces: those taken so far.
         settings: as they are now.
     """
 
-    def __init__(self, owner: Conversation, stream: Stream, text: str) -> None:
+    def __init__(self, owner: Conversation, generation: Generation, stream: Stream, text: str) -> None:
+        self.stream = stream
         self._owner = owner
-        self._stream = stream
+        self._generation = generation
         self._text = text
         self._is_added = False
         self.pieces: list[Piece] = []
@@ -41,7 +42,7 @@ class Turn(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         try:
-            piece = next(self._stream)
+            piece = next(self.stream)
         except BaseException:
             self.close()
             raise
@@ -53,11 +54,6 @@ class Turn(Iterator[Piece]):
         """What is written so far."""
         return "".join(piece.text for piece in self.pieces)
 
-    @property
-    def stream(self) -> Stream:
-        """The stream, for its counts and times."""
-        return self._stream
-
     def adjust(self, strength: float) -> None:
         """Change the strength from the next token on, for this answer and those that follow.
 
@@ -65,15 +61,15 @@ class Turn(Iterator[Piece]):
             SettingError: out of range.
         """
         self.settings = self._owner.settings = dataclasses.replace(self.settings, strength=strength)
-        self._stream.adjust(self.settings)
+        self._generation.mixture = self._owner.amulet.planner.mixture(self.settings)
 
     def cancel(self) -> None:
         """End the answer; the pieces that are left can still be taken."""
-        self._stream.cancel()
+        self.stream.cancel()
 
     def close(self) -> None:
         """End the answer, and keep what was written in the conversation."""
-        self._stream.close()
+        self.stream.close()
         if not self._is_added:
             self._is_added = True
             self._owner._add(self._text, self.pieces)
@@ -115,17 +111,12 @@ class Conversation:
             EngineError: from the iterator.
         """
         self.settings = dataclasses.replace(self.settings, **options)  # type: ignore[arg-type]
-        stream = self.amulet.stream_live(
-            self._with(text), self.settings, self._known, N_ALTERNATIVES, on_prefill
-        )
-        return Turn(self, stream, text)
+        generation = self.amulet.engine.submit(self._request(text))
+        return Turn(self, generation, Stream(self.amulet.engine, generation, on_prefill), text)
 
     def room(self, text: str) -> int:
         """Return how many tokens of answer a message would leave room for; may be negative."""
-        request = self.amulet.planner.request(
-            None, self._with(text), self.settings, is_live=True, known=self._known
-        )
-        return self.amulet.engine.n_ctx - max(map(len, request.branches))
+        return self.amulet.engine.n_ctx - max(map(len, self._request(text).branches))
 
     def undo(self) -> str | None:
         """Take back the last turn; return what the user said in it, or None if there is none."""
@@ -166,6 +157,16 @@ class Conversation:
         if expected and expected.text == held.text:
             self._known = held
 
+    def _request(self, text: str) -> Request:
+        return self.amulet.planner.request(
+            None,
+            self._with(text),
+            self.settings,
+            is_live=True,
+            known=self._known,
+            n_alternatives=N_ALTERNATIVES,
+        )
+
     def _with(self, text: str) -> list[dict[str, str]]:
         return [*self.messages, {"role": "user", "content": text}]
 
@@ -202,10 +203,3 @@ class Conversation:
         # A stop string cuts the text in the middle of what the tokens say.
         if written.decode("utf-8", "replace") == answer:
             self._known = self.amulet.planner.template.answered(prompt, answer, tokens)
-
-
-def check_messages(messages: list[dict[str, str]]) -> None:
-    """Raise PromptError unless messages are turns of user and assistant, beginning with the user."""
-    roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        raise PromptError("a conversation must be turns of user and assistant")

@@ -39,9 +39,10 @@ def explained(pieces: Sequence[Piece]) -> list[Piece]:
 
 def summarize(pieces: Sequence[Piece]) -> Summary:
     """Return an answer in numbers."""
-    found = [piece.explanation for piece in pieces if piece.explanation is not None]
-    total = sum(each.divergence for each in found)
-    return Summary(len(found), sum(each.changed for each in found), total / len(found) if found else 0.0)
+    found = explained(pieces)
+    total = sum(piece.explanation.divergence for piece in found if piece.explanation is not None)
+    changed = sum(piece.changed for piece in found)
+    return Summary(len(found), changed, total / len(found) if found else 0.0)
 
 
 def shade(piece: Piece) -> float:
@@ -71,7 +72,12 @@ def as_record(pieces: Sequence[Piece]) -> dict[str, Any]:
     return {
         "summary": dataclasses.asdict(summarize(pieces)),
         "tokens": [
-            {"text": piece.text, "token": piece.token, **dataclasses.asdict(piece.explanation)}
+            {
+                "text": piece.text,
+                "token": piece.token,
+                "changed": piece.changed,
+                **dataclasses.asdict(piece.explanation),
+            }
             for piece in pieces
             if piece.explanation is not None
         ],

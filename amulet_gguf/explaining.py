@@ -40,13 +40,11 @@ class Explanation:
 
     Attributes:
         divergence: KL(realigned || ordinary prompting), in nats; 0 where nothing was changed.
-        changed: the best token is another one than ordinary prompting's.
         probability, prompted: of the token that was chosen, as in `Alternative`.
         alternatives: the best of either distribution, by falling probability.
     """
 
     divergence: float
-    changed: bool
     probability: float
     prompted: float
     alternatives: tuple[Alternative, ...]
@@ -74,11 +72,9 @@ def explain(
     log_row, log_plain = log_sum(row), log_sum(plain)
     best = np.empty(min(n_alternatives, row.size), np.int32)
     found: set[int] = set()
-    firsts = []
     for values in (row, plain):
         largest(values, best)
         found.update(each for each in best.tolist() if values[each] > -np.inf)
-        firsts.append(int(best[0]))
 
     def probabilities(token: int) -> tuple[float, float]:
         return math.exp(float(row[token]) - log_row), math.exp(float(plain[token]) - log_plain)
@@ -91,7 +87,6 @@ def explain(
     alternatives.sort(key=lambda each: (-each.probability, -each.prompted, each.token))
     return Explanation(
         divergence=kl(row, log_row, plain, log_plain),
-        changed=firsts[0] != firsts[1],
         probability=chances[0],
         prompted=chances[1],
         alternatives=tuple(alternatives),

@@ -150,7 +150,6 @@ class Generation:
         n_prompt: tokens of its longest prompt.
         n_prefill: tokens to read before the first token, shared prefixes once.
         n_read: how many of them have been read.
-        n_tokens: tokens written.
         submitted_at, started_at, first_token_at, finished_at: seconds of `time.perf_counter`.
     """
 
@@ -162,7 +161,6 @@ class Generation:
         self.error: BaseException | None = None
         self.n_prompt = max(map(len, request.branches))
         self.n_read = 0
-        self.n_tokens = 0
         self.submitted_at = time.perf_counter()
         self.started_at: float | None = None
         self.first_token_at: float | None = None
@@ -176,6 +174,11 @@ class Generation:
         # What each branch has yet to read. A generation that is writing has one token in each.
         self.pending = list(request.branches)
         self.n_prefill = sum(map(len, self.pending)) - (self.n_branches - 1) * self.n_shared
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written."""
+        return len(self._written)
 
     @property
     def n_branches(self) -> int:
@@ -277,7 +280,6 @@ class Generation:
             explanation = explain(
                 logits, mixture.reference, combined, token, vocabulary.token_bytes, n_alternatives
             )
-        self.n_tokens += 1
         self._written.append(token)
         self.pending = [np.array([token], np.int32)] * self.n_branches
         text = self._text.push(vocabulary.token_bytes(token))

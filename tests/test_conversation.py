@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -34,6 +34,7 @@ def probabilities(row: Float32Array) -> np.ndarray:
     return np.asarray(exact / exact.sum())
 
 
+@settings(deadline=None)
 @given(rows, rows, st.sets(st.integers(0, 49), max_size=40))
 def test_the_divergence_is_that_of_float64(
     row: Float32Array, plain: Float32Array, masked: set[int]
@@ -47,6 +48,7 @@ def test_the_divergence_is_that_of_float64(
     assert kl(row, log_row, plain, log_plain) == pytest.approx(max(0, exact), rel=1e-3, abs=1e-3)
 
 
+@settings(deadline=None)
 @given(rows, st.integers(1, 50))
 def test_the_largest_are_those_of_a_stable_sort(row: Float32Array, k: int) -> None:
     best = np.empty(k, np.int32)
@@ -62,7 +64,6 @@ def test_an_explanation_of_four_tokens() -> None:
     why = explain(logits, np.array([0.0, 1.0]), row, 1, lambda token: b"abcd"[token : token + 1], 2)
     q = np.array([0.1, 0.7, 0.1]) / 0.9
     assert why.divergence == pytest.approx((q * np.log(q / [0.7, 0.1, 0.1])).sum(), abs=1e-3)
-    assert why.changed
     assert (why.probability, why.prompted) == pytest.approx((0.7 / 0.9, 0.1), abs=1e-3)
     assert [each.text for each in why.alternatives] == ["b", "a"]
 

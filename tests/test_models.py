@@ -18,7 +18,7 @@ import pexpect
 import pytest
 from click.testing import CliRunner, Result
 from conftest import Load, MakeContext, Tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES
 
@@ -88,6 +88,7 @@ def test_a_brief_header_agrees_and_stops_before_the_vocabulary(tiny: Tiny) -> No
     assert "tokenizer.ggml.tokens.length" not in brief.metadata
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_damage_does_more_than_a_model_error(
     tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, data: st.DataObject

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import MakeContext
 from fakes import Contexts, FakeContext, FakeVocabulary, alone, request, text_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amulet_gguf.context import Context
@@ -46,6 +46,7 @@ tokens = st.lists(st.integers(4, 11), min_size=1, max_size=6)
 branches = st.lists(tokens, min_size=1, max_size=3)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 24), branches, st.integers(1, 12)), min_size=1, max_size=6),
     st.booleans(),
@@ -60,6 +61,7 @@ def test_reuse_writes_what_reading_all_writes(
         assert run(engine, one)[0] == alone(one, n_ctx=96)[0]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(branches, st.integers(0, 9), st.booleans()), min_size=2, max_size=6),
     st.booleans(),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amulet_gguf import sessions
@@ -33,14 +33,14 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def settings() -> Settings:
+def preferred() -> Settings:
     return Settings(prefer=(Preference("Be kind.", -0.5),), strength=3, seed=4, stop=("a",))
 
 
 def test_what_is_saved_is_loaded() -> None:
-    sessions.save("one", Session(TURNS, settings(), "m.gguf"))
+    sessions.save("one", Session(TURNS, preferred(), "m.gguf"))
     found = sessions.load("one")
-    assert found.settings == settings()
+    assert found.settings == preferred()
     assert found.messages[1] == TURNS[1]
     assert found.messages[0]["content"] == "Hi ?"  # half a surrogate pair has no place in a file
     assert found.model == "m.gguf"
@@ -80,14 +80,14 @@ def test_a_newer_version_is_told_from_damage(home: Path) -> None:
 
 
 def test_an_older_file_without_newer_fields_opens() -> None:
-    path = sessions.save("one", Session(TURNS, settings()))
+    path = sessions.save("one", Session(TURNS, preferred()))
     record = json.loads(path.read_text())
     for name in ("adapt", "withhold_echo"):
         del record["settings"][name]
     del record["model"], record["saved_at"]
     record["settings"]["gone_since"] = 1
     path.write_text(json.dumps(record))
-    assert sessions.load("one").settings == settings()
+    assert sessions.load("one").settings == preferred()
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,7 @@ def test_a_memory_is_of_one_model_and_one_llama_cpp(
         sessions.load_memory("one", model)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_flipped_bit_or_cut_of_a_memory_is_found(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -137,7 +137,7 @@ def _marked(console: Console, piece: Piece) -> Any:
     assert piece.explanation is not None
     text = printable(piece.text)
     shade = _SHADES[min(len(_SHADES) - 1, int(explained.shade(piece) * len(_SHADES)))]
-    changed = piece.explanation.changed
+    changed = piece.changed
     if console.color_system is not None:
         return Text(text, style=f"{shade} {'underline' if changed else ''}".strip())
     if changed and text.strip():

@@ -235,14 +235,6 @@ def _drop(chat: Chat, text: str) -> None:
     chat.tell(f"{len(chat.conversation.messages) // 2} turns are left; {before} has all of them")
 
 
-def _compare(chat: Chat, text: str) -> None:
-    chat.compare(text)
-
-
-def _why(chat: Chat, _text: str) -> None:
-    chat.why()
-
-
 def _help(chat: Chat, _text: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     for command in COMMANDS.values():
@@ -278,8 +270,14 @@ COMMANDS: Final[dict[str, Command]] = {
     "strength": Command(
         "/strength N", "0: without the preference, 1: as prompting, more: beyond", _strength
     ),
-    "compare": Command("/compare [TEXT]", "four ways to answer TEXT, or the last message", _compare),
-    "why": Command("/why", "what the preferences changed in the last answer", _why),
+    "compare": Command(
+        "/compare [TEXT]",
+        "four ways to answer TEXT, or the last message",
+        lambda chat, text: chat.compare(text),
+    ),
+    "why": Command(
+        "/why", "what the preferences changed in the last answer", lambda chat, _: chat.why()
+    ),
     "system": Command("/system [TEXT]", "show or set the system prompt; none removes it", _system),
     "set": Command(
         "/set NAME VALUE", "change a setting: temperature, max_tokens, …", _set, _setting_names
