@@ -6,9 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 from amulet_gguf.amulet import Amulet
@@ -17,9 +18,11 @@ from amulet_gguf.engine import Engine
 from amulet_gguf.generation import Mixture, Request
 from amulet_gguf.llama import Model
 from amulet_gguf.preferences import coefficients
-from amulet_gguf.realign import Float32Array, combine
+from amulet_gguf.realign import combine
 from amulet_gguf.sampling import Sampler
 from amulet_gguf.settings import Settings
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _DEPTH: Final = 128  # tokens in each sequence when the measured steps begin
 _PREFILL: Final = 512
@@ -223,29 +226,30 @@ class _Steps:
         self._engine.cancel(self._generation)
 
 
-def literal_update(base: Float32Array, preference: Float32Array, iterations: int = 60) -> Float32Array:
+def literal_update(base: Floats, preference: Floats, iterations: int = 60) -> Floats:
     """Return the paper's update computed as it is written, for comparison.
 
     Args:
-        base, preference: (V,) logits.
+        base, preference: (V,) logits, whose precision it keeps.
 
     Returns:
         (V,) log-probabilities, unnormalized after the last round, with alpha = lambda = 2, eta = 10.
     """
-    alpha, lam, eta = np.float32(2), np.float32(2), np.float32(10)
-    r, p = _log_softmax(base), _log_softmax(preference)
+    alpha, lam, eta = 2.0, 2.0, 10.0  # Python's numbers leave the arrays' precision as it is
+    r, p = log_softmax(base), log_softmax(preference)
     policy = p
     total = np.zeros_like(p)
     for t in range(1, iterations + 1):
         total += alpha * (policy - r)
-        inertia = 1 / (eta * np.float32(t))
-        policy = _log_softmax((lam * p + total / np.float32(t) + policy * inertia) / (lam + inertia))
+        inertia = 1 / (eta * t)
+        policy = log_softmax((lam * p + total / t + policy * inertia) / (lam + inertia))
     return policy
 
 
-def _log_softmax(logits: Float32Array) -> Float32Array:
+def log_softmax(logits: Floats) -> Floats:
+    """Return (V,) log-probabilities of (V,) logits, in their precision."""
     shifted = logits - logits.max()
-    result: Float32Array = shifted - np.log(np.exp(shifted).sum())
+    result: Floats = shifted - np.log(np.exp(shifted).sum())
     return result
 
 

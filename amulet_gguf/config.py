@@ -24,8 +24,8 @@ _MAX_TRIES: Final = 50
 _SETTINGS: Final = tuple(each.name for each in dataclasses.fields(Settings))
 _TEXTS: Final = ("model", "preset")
 #: Options of the model, beside those of `Settings` and "preset".
-MODEL_KEYS: Final = ("model", "n_ctx", "n_gpu_layers", "n_threads")
-_PROFILE_KEYS: Final = (*_SETTINGS, "preset", *MODEL_KEYS)
+_MODEL_KEYS: Final = ("model", "n_ctx", "n_gpu_layers", "n_threads")
+_PROFILE_KEYS: Final = (*_SETTINGS, "preset", *_MODEL_KEYS)
 _TOP_KEYS: Final = ("model", "profile", "profiles")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 

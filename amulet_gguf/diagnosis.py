@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -10,15 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 import psutil
 
 from amulet_gguf import home
 from amulet_gguf.errors import AmuletError
-
-if TYPE_CHECKING:
-    from amulet_gguf.realign import Float64Array
 
 _REBUILD: Final = "pip install --no-cache-dir --force-reinstall llama-cpp-python"
 _TOLERANCE: Final = 2e-5  # of log-probabilities in float32, against the game in float64
@@ -146,41 +142,21 @@ def _exactness() -> Check:
     """Play the game for all its rounds in float64 and compare."""
     import numpy as np
 
+    from amulet_gguf.benchmark import literal_update, log_softmax
     from amulet_gguf.realign import combine, strength
 
     n_vocab = 4096
     rng = np.random.default_rng(0)
     logits = (3 * rng.normal(size=(2, n_vocab))).astype(np.float32)
     s = strength()
-    found = _log_softmax(combine(logits, (1 - s, s)).astype(np.float64))
-    expected = _play(*(_log_softmax(row.astype(np.float64)) for row in logits))
+    found = log_softmax(combine(logits, (1 - s, s)).astype(np.float64))
+    expected = literal_update(*logits.astype(np.float64))
     error = float(np.max(np.abs(found - expected) / np.maximum(1, np.abs(expected))))
     value = f"kernel against 60 rounds of the game, V = {n_vocab}: off by {error:.1e}"
     if not error < _TOLERANCE:
         cure = "report it, with the output of amulet doctor --json; empty Numba's cache meanwhile"
         return Check("exactness", "failed", value, cure)
     return Check("exactness", "ok", value)
-
-
-def _play(base: Float64Array, preferred: Float64Array) -> Float64Array:
-    """Return the policy after 60 rounds of the game (arXiv 2502.19148, its update and defaults)."""
-    import numpy as np
-
-    alpha, lam, eta, rounds = 2.0, 2.0, 10.0, 60
-    policy = preferred.copy()
-    total = np.zeros_like(policy)
-    for t in range(1, rounds + 1):
-        total += alpha * (policy - base)
-        inertia = 1 / (eta * t)
-        policy = _log_softmax((lam * preferred + total / t + inertia * policy) / (lam + inertia))
-    return policy
-
-
-def _log_softmax(row: Float64Array) -> Float64Array:
-    import numpy as np
-
-    shifted = row - row.max()
-    return np.asarray(shifted - math.log(np.exp(shifted).sum()))
 
 
 def _speed() -> Check:

@@ -9,6 +9,7 @@ until an assertion of llama.cpp's loader ends the process.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import threading
@@ -27,7 +28,7 @@ from amulet_gguf.errors import (
     ModelFormatError,
     SettingError,
 )
-from amulet_gguf.gguf import check_magic, read_header
+from amulet_gguf.gguf import Header, check_magic, read_header
 from amulet_gguf.memory import cache_bytes
 from amulet_gguf.rpc import add_servers, has_device, parse_servers
 
@@ -201,7 +202,11 @@ class Model:
 
     def cache_bytes(self, n_ctx: int, n_sequences: int) -> int:
         """Estimate the KV cache of a context, as if all layers attended to all of it (in float16)."""
-        return cache_bytes(read_header(self.path), n_ctx, n_sequences)
+        return cache_bytes(self._header, n_ctx, n_sequences)
+
+    @functools.cached_property
+    def _header(self) -> Header:
+        return read_header(self.path)
 
     @property
     def bos(self) -> int:

@@ -239,3 +239,10 @@ def test_an_editor_cannot_break_the_file(file: Path, monkeypatch: pytest.MonkeyP
     script.write_text("import sys; open(sys.argv[1], 'a').write('[profiles.z]\\nseed = 1\\n')")
     assert run("profiles", "edit").exit_code == 0
     assert config.load_config().values("z") == {"seed": 1}
+
+
+@pytest.mark.parametrize("command", ["batch", "bench", "chat", "compare", "eval", "explain", "generate"])
+def test_every_command_that_runs_a_model_takes_a_profile(command: str) -> None:
+    result = run(command, "--profile", "nosuch", "x")
+    assert result.exit_code == 1
+    assert "there is no profile 'nosuch'" in result.stderr

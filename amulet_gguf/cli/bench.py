@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import click
 
-from amulet_gguf.cli.options import loaded, model_options
+from amulet_gguf.cli.options import loaded, model_arguments, model_options
 
 
 @click.command()
@@ -15,13 +16,9 @@ from amulet_gguf.cli.options import loaded, model_options
 @click.option("--rounds", type=click.IntRange(3, 1000), default=30, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of a table.")
 def bench(
-    model: str | None,
-    n_ctx: int | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
-    rpc: str | None,
     rounds: int,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure steps, kernels, prefill and memory with a model.
 
@@ -31,8 +28,10 @@ def bench(
     from amulet_gguf.benchmark import measure
     from amulet_gguf.cli.terminal import LateBar
 
+    arguments = model_arguments(options)
+    arguments["n_ctx"] = arguments["n_ctx"] or 1024
     with (
-        loaded(model, n_ctx or 1024, n_gpu_layers, n_threads, 2, rpc) as amulet,
+        loaded(n_sequences=2, **arguments) as amulet,
         LateBar("Measuring") as bar,
     ):
         result = measure(amulet, rounds, bar.update)

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from amulet_gguf import sessions
 from amulet_gguf.cli.options import (
     loaded,
+    model_arguments,
     model_options,
     preference_options,
     sampling_options,
@@ -48,11 +49,6 @@ _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
 def chat(
     context: click.Context,
     /,
-    model: str | None,
-    n_ctx: int | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
-    rpc: str | None,
     resume: str | None,
     **options: Any,
 ) -> None:
@@ -63,6 +59,7 @@ def chat(
     Every answer is saved: amulet chat --resume goes on. Without a terminal, each line of stdin is a
     message.
     """
+    arguments = model_arguments(options)
     settings = settings_from(**options)
 
     from rich.console import Console
@@ -76,7 +73,7 @@ def chat(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     n_sequences = max(_SEQUENCES if is_terminal else 1, 1 + len(settings.prefer))
     console = Console(highlight=False, markup=False, emoji=False)
-    with loaded(model, n_ctx, n_gpu_layers, n_threads, n_sequences, rpc) as amulet:
+    with loaded(n_sequences=n_sequences, **arguments) as amulet:
         from amulet_gguf.conversation import Conversation
 
         chat = Chat(Conversation(amulet, settings), console)

@@ -12,6 +12,7 @@ import click
 
 from amulet_gguf.cli.options import (
     loaded,
+    model_arguments,
     model_options,
     preference_options,
     prompt_options,
@@ -42,11 +43,6 @@ _REFRESH = 0.1  # seconds
 def compare(
     prompt: str | None,
     file: str | None,
-    model: str | None,
-    n_ctx: int | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
-    rpc: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -60,6 +56,7 @@ def compare(
     """
     if options["max_tokens"] is None:
         options["max_tokens"] = 200
+    arguments = model_arguments(options)
     settings = settings_from(**options)
     if not settings.prefer:
         raise click.UsageError("name something to compare with --prefer")
@@ -73,7 +70,7 @@ def compare(
     pieces: dict[str, list[Piece]] = {name: [] for name in four}
     n_branches = 1 + len(settings.prefer)
     n_sequences = 1 + len(settings.prefer) + 2 * n_branches
-    with loaded(model, n_ctx, n_gpu_layers, n_threads, n_sequences, rpc) as amulet:
+    with loaded(n_sequences=n_sequences, **arguments) as amulet:
         live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="ellipsis")
         show = console.is_terminal and not as_json
 

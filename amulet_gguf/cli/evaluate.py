@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from amulet_gguf.cli.options import preference_options, sampling_options, settings_from
+from amulet_gguf.cli.options import (
+    complete_models,
+    preference_options,
+    runtime_options,
+    sampling_options,
+    settings_from,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,10 +59,16 @@ _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
 )
 @click.option(
     "--reward",
-    metavar="FILE",
+    metavar="MODEL",
+    shell_complete=complete_models,
     help="Another model than the one judged: how probable it finds the answers.",
 )
-@click.option("--judge", metavar="FILE", help="A model that compares answers in pairs.")
+@click.option(
+    "--judge",
+    metavar="MODEL",
+    shell_complete=complete_models,
+    help="A model that compares answers in pairs.",
+)
 @click.option(
     "--against",
     default="prompting",
@@ -67,9 +79,7 @@ _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
 @click.option("--parallel", type=click.IntRange(1, 256), help="Answers at once. [default: as batch]")
 @preference_options
 @sampling_options
-@click.option("-m", "--model", type=click.Path(), help="GGUF file that answers. [default: as generate]")
-@click.option("--n-gpu-layers", type=int, help="Layers to run on the GPU. [default: all, if it can]")
-@click.option("-t", "--n-threads", type=int, help="CPU threads. [default: physical cores]")
+@runtime_options
 def evaluate(
     questions: tuple[Path, ...],
     output: Path,

@@ -10,6 +10,7 @@ import click
 
 from amulet_gguf.cli.options import (
     loaded,
+    model_arguments,
     model_options,
     preference_options,
     prompt_options,
@@ -38,11 +39,6 @@ _SHADES = ("", "on grey23", "on #5c3d00", "on #8a5a00", "on #c47f00")
 def explain(
     prompt: str | None,
     file: str | None,
-    model: str | None,
-    n_ctx: int | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
-    rpc: str | None,
     html: str | None,
     as_json: bool,
     **options: Any,
@@ -59,6 +55,7 @@ def explain(
     """
     if options["max_tokens"] is None:
         options["max_tokens"] = 200
+    arguments = model_arguments(options)
     settings = settings_from(**options)
     if not settings.prefer:
         raise click.UsageError("name something to explain with --prefer")
@@ -73,7 +70,7 @@ def explain(
     from amulet_gguf.files import write_atomically
 
     with (
-        loaded(model, n_ctx, n_gpu_layers, n_threads, 1 + len(settings.prefer), rpc) as amulet,
+        loaded(n_sequences=1 + len(settings.prefer), **arguments) as amulet,
         LateBar("Answering") as bar,
     ):
         name = amulet.model.path.name

@@ -11,6 +11,7 @@ import click
 
 from amulet_gguf.cli.options import (
     loaded,
+    model_arguments,
     model_options,
     preference_options,
     prompt_options,
@@ -35,11 +36,6 @@ if TYPE_CHECKING:
 def generate(
     prompt: str | None,
     file: str | None,
-    model: str | None,
-    n_ctx: int | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
-    rpc: str | None,
     as_json: bool,
     stats: bool | None,
     **options: Any,
@@ -53,6 +49,7 @@ def generate(
     amulet generate "Plan a week in Rome" --prefer concise --prefer formal:0.5 --strength 3
     amulet generate "Summarize this:" --file report.txt --prefer "Explain it to a child."
     """
+    arguments = model_arguments(options)
     settings = settings_from(**options)
     text = read_prompt(prompt, file)
 
@@ -60,7 +57,7 @@ def generate(
 
     output = Output()
     with (
-        loaded(model, n_ctx, n_gpu_layers, n_threads, 1 + len(settings.prefer), rpc) as amulet,
+        loaded(n_sequences=1 + len(settings.prefer), **arguments) as amulet,
         LateBar("Reading the prompt") as bar,
         amulet.stream(text, settings=settings, on_prefill=bar.update) as stream,
     ):

@@ -104,35 +104,40 @@ prompt_options = _stack(
     ),
 )
 
+_model = click.option(
+    "-m",
+    "--model",
+    shell_complete=complete_models,
+    help="File, name or prefix of a model (amulet models ls). Otherwise $AMULET_MODEL, the default "
+    "model, or the bundled one.",
+)
+_profile = click.option(
+    "--profile",
+    envvar="AMULET_PROFILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_apply_profile,
+    shell_complete=complete_profiles,
+    help='Begin with the options of a profile (amulet profiles ls); "none" with those of none.',
+)
+_n_gpu_layers = click.option(
+    "--n-gpu-layers", type=int, help="Layers to run on the GPU, -1 for all. [default: all, if it can]"
+)
+_n_threads = click.option("-t", "--n-threads", type=int, help="CPU threads. [default: physical cores]")
+
+#: Of a command that sizes its contexts itself.
+runtime_options = _stack(_model, _profile, _n_gpu_layers, _n_threads)
 model_options = _stack(
-    click.option(
-        "-m",
-        "--model",
-        shell_complete=complete_models,
-        help="File, name or prefix of a model (amulet models ls). Otherwise $AMULET_MODEL, the default "
-        "model, or the bundled one.",
-    ),
-    click.option(
-        "--profile",
-        envvar="AMULET_PROFILE",
-        is_eager=True,
-        expose_value=False,
-        callback=_apply_profile,
-        shell_complete=complete_profiles,
-        help='Begin with the options of a profile (amulet profiles ls); "none" with those of none.',
-    ),
+    _model,
+    _profile,
     click.option(
         "-c",
         "--n-ctx",
         type=int,
         help="Tokens of prompt and answer together. [default: 4096, or the model's if less]",
     ),
-    click.option(
-        "--n-gpu-layers",
-        type=int,
-        help="Layers to run on the GPU, -1 for all. [default: all, if it can]",
-    ),
-    click.option("-t", "--n-threads", type=int, help="CPU threads. [default: physical cores]"),
+    _n_gpu_layers,
+    _n_threads,
     click.option(
         "--rpc",
         metavar="HOST:PORT[,…]",
@@ -256,28 +261,27 @@ def settings_from(
     return dataclasses.replace(Settings.paper() if preset == "paper" else Settings(), **given)
 
 
+def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of `model_options` out of all that was typed, for `loaded`."""
+    return {name: options.pop(name) for name in ("model", "n_ctx", "n_gpu_layers", "n_threads", "rpc")}
+
+
 @contextlib.contextmanager
-def loaded(
-    model: str | None,
-    n_ctx: int | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
-    n_sequences: int = 1,
-    rpc: str | None = None,
-) -> Iterator[Amulet]:
-    """Load the model that was asked for, with a progress bar if that takes long."""
+def loaded(model: str | None, n_sequences: int, **arguments: Any) -> Iterator[Amulet]:
+    """Load the model that was asked for, with a progress bar if that takes long.
+
+    Args:
+        **arguments: of `Amulet.load`.
+    """
     from amulet_gguf.amulet import Amulet
     from amulet_gguf.cli.terminal import LateBar
 
     with LateBar("Loading the model") as bar:
         amulet = Amulet.load(
             model,
-            n_ctx=n_ctx,
-            n_gpu_layers=n_gpu_layers,
-            n_threads=n_threads,
             n_sequences=n_sequences,
-            rpc=rpc,
             progress=lambda fraction: bar.update(fraction, 1.0),
+            **arguments,
         )
     with amulet:
         yield amulet

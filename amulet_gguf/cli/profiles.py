@@ -11,6 +11,7 @@ import click
 from amulet_gguf import config
 from amulet_gguf.cli.options import (
     complete_profiles,
+    model_arguments,
     model_options,
     preference_options,
     sampling_options,
@@ -24,7 +25,7 @@ from amulet_gguf.home import config_file
 def profiles() -> None:
     """Keep options under a name: preferences, strength, system prompt, sampling, model.
 
-    Any command takes --profile NAME; what is typed beside it wins.
+    Every command that runs a model takes --profile NAME; what is typed beside it wins.
     """
 
 
@@ -96,8 +97,8 @@ def add(context: click.Context, /, name: str, replace: bool, is_default: bool, *
     }
     paper = [key for key in ("alpha", "lam", "eta", "iterations") if key in values]
     if paper:
-        given = {key: value for key, value in options.items() if key not in config.MODEL_KEYS}
-        given.pop("rpc", None)
+        given = dict(options)
+        model_arguments(given)
         values["strength"] = settings_from(**given).strength
         for key in paper:
             del values[key]
