@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from amulet_gguf.amulet import Amulet, Answer, Stream, Timings, Usage
+    from amulet_gguf.amulet import Amulet, Stream
     from amulet_gguf.errors import (
         AmuletError,
         ClosedError,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         PromptTooLongError,
         SettingError,
     )
-    from amulet_gguf.generation import Piece
+    from amulet_gguf.generation import Answer, Piece, Timings, Usage
     from amulet_gguf.preferences import PRESETS, Preference
     from amulet_gguf.realign import combine, strength
     from amulet_gguf.settings import Settings
@@ -58,8 +58,8 @@ __all__ = [
 
 # Imported when first used, because llama.cpp and Numba take most of a second.
 _HOMES = {
-    "amulet": ("Amulet", "Answer", "Stream", "Timings", "Usage"),
-    "generation": ("Piece",),
+    "amulet": ("Amulet", "Stream"),
+    "generation": ("Answer", "Piece", "Timings", "Usage"),
     "preferences": ("PRESETS", "Preference"),
     "realign": ("combine", "strength"),
     "settings": ("Settings",),

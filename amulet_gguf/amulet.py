@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from amulet_gguf.context import Context
 from amulet_gguf.engine import Engine
 from amulet_gguf.errors import SettingError
-from amulet_gguf.generation import FinishReason, Generation, Piece
+from amulet_gguf.generation import Answer, Generation, Piece, Timings, Usage
 from amulet_gguf.llama import Model, can_offload
 from amulet_gguf.memory import DEFAULT_N_CTX, check_fits
 from amulet_gguf.models import find_model
@@ -21,56 +20,6 @@ from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Counts of tokens.
-
-    Attributes:
-        prompt_tokens: of the longest branch.
-        prefill_tokens: read before the answer, over all branches, a shared prefix counted once.
-        completion_tokens: of the answer.
-    """
-
-    prompt_tokens: int
-    prefill_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Wall-clock times of one generation, in seconds.
-
-    Attributes:
-        queue: from the request to the first step made for it.
-        prefill: from there to the first token.
-        decode: from the first token to the end.
-        tokens_per_second: of decode, the first token left out; 0 where there is only one.
-    """
-
-    queue: float
-    prefill: float
-    decode: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer.
-
-    Attributes:
-        text: all of it.
-        finish_reason: see `amulet_gguf.generation.Piece`.
-        usage, timings: what it took.
-        pieces: the steps it was made of.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
-    pieces: Sequence[Piece]
 
 
 class Stream(Iterator[Piece]):
@@ -128,29 +77,15 @@ class Stream(Iterator[Piece]):
         Raises:
             AmuletError: the generation failed.
         """
-        pieces = [*taken, *self]
-        reason = pieces[-1].finish_reason if pieces else None
-        return Answer(
-            text="".join(piece.text for piece in pieces),
-            finish_reason=reason or "cancelled",
-            usage=self.usage,
-            timings=self.timings,
-            pieces=pieces,
-        )
+        return self._generation.answer([*taken, *self])
 
     @property
     def usage(self) -> Usage:
-        generation = self._generation
-        return Usage(generation.n_prompt, generation.n_read, generation.n_tokens)
+        return self._generation.usage
 
     @property
     def timings(self) -> Timings:
-        generation = self._generation
-        started = generation.started_at or generation.submitted_at
-        first = generation.first_token_at or generation.finished_at or started
-        decode = (generation.finished_at or first) - first
-        rate = (generation.n_tokens - 1) / decode if decode > 0 and generation.n_tokens > 1 else 0.0
-        return Timings(started - generation.submitted_at, first - started, decode, rate)
+        return self._generation.timings
 
 
 def check_n_ctx(n_ctx: int | None) -> None:
@@ -312,9 +247,9 @@ class Amulet:
         Raises:
             As `stream`.
         """
-        is_live = messages is not None
+        reuse = messages is not None
         requests = {
-            name: self.planner.request(prompt, messages, each, is_live=is_live)
+            name: self.planner.request(prompt, messages, each, reuse=reuse)
             for name, each in settings.items()
         }
         self.engine.reserve(sum(len(request.branches) for request in requests.values()))

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import psutil
 
-from amulet_gguf.amulet import Amulet, Answer, Stream
+from amulet_gguf.amulet import Amulet, Stream
 from amulet_gguf.errors import AmuletError, BatchError, ClosedError
+from amulet_gguf.generation import Answer
 from amulet_gguf.llama import Model
 from amulet_gguf.planning import Planner
 from amulet_gguf.records import Record

@@ -233,8 +233,8 @@ class _Worker:
         return None
 
     def answer(self, record: Record) -> dict[str, Any]:
-        from amulet_gguf.amulet import Answer
         from amulet_gguf.batch import result
+        from amulet_gguf.generation import Answer
 
         answer: Answer | AmuletError
         try:

@@ -162,7 +162,8 @@ class Conversation:
             None,
             self._with(text),
             self.settings,
-            is_live=True,
+            reuse=True,
+            is_adjustable=True,
             known=self._known,
             n_alternatives=N_ALTERNATIVES,
         )

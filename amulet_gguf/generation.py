@@ -76,6 +76,56 @@ class Piece:
     explanation: Explanation | None = None
 
 
+@dataclass(frozen=True)
+class Usage:
+    """Counts of tokens.
+
+    Attributes:
+        prompt_tokens: of the longest branch.
+        prefill_tokens: read before the answer, over all branches, a shared prefix counted once.
+        completion_tokens: of the answer.
+    """
+
+    prompt_tokens: int
+    prefill_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one generation, in seconds.
+
+    Attributes:
+        queue: from the request to the first step made for it.
+        prefill: from there to the first token.
+        decode: from the first token to the end.
+        tokens_per_second: of decode, the first token left out; 0 where there is only one.
+    """
+
+    queue: float
+    prefill: float
+    decode: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: all of it.
+        finish_reason: see `Piece`.
+        usage, timings: what it took.
+        pieces: the steps it was made of.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    pieces: Sequence[Piece]
+
+
 class Mixture:
     """How the logits of B branches become one distribution.
 
@@ -310,6 +360,26 @@ class Generation:
         if not self.is_finished:
             self.error = error
             self.finished_at = time.perf_counter()
+
+    @property
+    def usage(self) -> Usage:
+        """So far."""
+        return Usage(self.n_prompt, self.n_read, self.n_tokens)
+
+    @property
+    def timings(self) -> Timings:
+        """So far."""
+        started = self.started_at or self.submitted_at
+        first = self.first_token_at or self.finished_at or started
+        decode = (self.finished_at or first) - first
+        rate = (self.n_tokens - 1) / decode if decode > 0 and self.n_tokens > 1 else 0.0
+        return Timings(started - self.submitted_at, first - started, decode, rate)
+
+    def answer(self, pieces: Sequence[Piece]) -> Answer:
+        """Return the answer that all of its pieces make."""
+        reason = pieces[-1].finish_reason if pieces else None
+        text = "".join(piece.text for piece in pieces)
+        return Answer(text, reason or "cancelled", self.usage, self.timings, pieces)
 
 
 def _shared_prefix(branches: Sequence[Tokens]) -> int:

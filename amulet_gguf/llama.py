@@ -135,7 +135,6 @@ class Model:
             raise
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(self._model))
-        self._piece_buffer = ctypes.create_string_buffer(256)
 
     def __enter__(self) -> Model:
         return self
@@ -274,10 +273,10 @@ class Model:
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes a token stands for: none for control tokens, part of a character maybe."""
         self._check_token(token)
-        buffer = self._piece_buffer
+        buffer = ctypes.create_string_buffer(64)  # each call its own: threads share the model
         size = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         if size < 0:
-            self._piece_buffer = buffer = ctypes.create_string_buffer(-size)
+            buffer = ctypes.create_string_buffer(-size)
             size = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[:size]
 

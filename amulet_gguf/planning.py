@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 from amulet_gguf.echo import echo_tokens
 from amulet_gguf.generation import Mixture, Request
@@ -24,6 +25,8 @@ class Planner:
         """
         self.template = ChatTemplate(model)
         self._model = model
+        # A slider asks again at every move.
+        self._echo_tokens = lru_cache(maxsize=64)(partial(echo_tokens, model))
 
     def request(
         self,
@@ -31,30 +34,37 @@ class Planner:
         messages: Sequence[Message] | None,
         settings: Settings,
         *,
-        is_live: bool = False,
+        text: str | None = None,
+        reuse: bool = False,
+        is_adjustable: bool = False,
         known: Encoded | None = None,
         n_alternatives: int = 0,
     ) -> Request:
-        """Return the request for a prompt or a conversation.
+        """Return the request for a prompt, a conversation, or a text to go on with.
 
         Args:
-            is_live: for a conversation that goes on: what is held of it is reused, and all branches are
-                kept whatever the strength, which may change while the answer is written.
+            text: instead of the other two, what the model is to go on with, without a chat template; a
+                preference stands before it, and the system prompt is left out.
+            reuse, n_alternatives: see `Request`.
+            is_adjustable: keep all branches whatever the strength: `mixture` gives others later.
             known: see `ChatTemplate.encode`.
-            n_alternatives: see `Request`.
 
         Raises:
-            PromptError: neither or both are given, or they cannot be made into a prompt.
+            PromptError: not exactly one is given, or it cannot be made into a prompt.
         """
-        plan = _plan(settings, is_live)
+        plan = _plan(settings, is_adjustable)
         texts = [None, *(preference.text for preference in settings.prefer)]
-        placement = settings.placement if settings.prefer else "turn"
-        checked = conversation(prompt, messages, settings.system)
-        return Request(
-            branches=[
+        if text is not None and prompt is None and messages is None:
+            branches = [self.template.encode_text(text, texts[branch]) for branch in plan.branches]
+        else:
+            placement = settings.placement if settings.prefer else "turn"
+            checked = conversation(prompt, messages, settings.system)
+            branches = [
                 self.template.encode(with_preference(checked, texts[branch], placement), known).tokens
                 for branch in plan.branches
-            ],
+            ]
+        return Request(
+            branches=branches,
             mixture=self._mixture(settings, plan),
             sampler=Sampler(
                 temperature=settings.temperature,
@@ -67,12 +77,12 @@ class Planner:
             ),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
-            reuse=is_live,
+            reuse=reuse,
             n_alternatives=n_alternatives,
         )
 
     def mixture(self, settings: Settings) -> Mixture:
-        """Return the mixture of all branches, for a live generation of as many preferences."""
+        """Return the mixture of all branches, for an adjustable generation of these preferences."""
         return self._mixture(settings, _plan(settings, True))
 
     def _mixture(self, settings: Settings, plan: Realignment) -> Mixture:
@@ -81,7 +91,7 @@ class Planner:
         anchor = coefficients(weights, min(max(settings.strength, 0.0), 1.0))
         withheld = None
         if settings.withhold_echo and is_extrapolated:
-            withheld = echo_tokens(self._model, [p.text for p in settings.prefer if p.weight > 0])
+            withheld = self._echo_tokens(tuple(p.text for p in settings.prefer if p.weight > 0))
         return Mixture(
             plan.coefficients,
             plan.reference,

@@ -197,11 +197,25 @@ class ChatTemplate:
         if known and text.startswith(known.text) and self._special.match(text, len(known.text)):
             added = self._tokenize(text[len(known.text) :])
             return Encoded(text, np.concatenate([known.tokens, added]))
-        tokens = self._tokenize(text)
+        return Encoded(text, self._with_bos(self._tokenize(text)))
+
+    def encode_text(self, text: str, preference: str | None) -> Tokens:
+        """Return the tokens of a text that the model is to go on with, after a preference if any.
+
+        Raises:
+            PromptError: it is empty.
+        """
+        if not text:
+            raise PromptError("the prompt is empty: give a text to go on with")
+        if preference:
+            text = f"{preference}\n\n{text}"
+        return self._with_bos(self._vocabulary.tokenize(text))
+
+    def _with_bos(self, tokens: Tokens) -> Tokens:
         bos = self._vocabulary.bos
         if self._vocabulary.adds_bos and bos >= 0 and (not len(tokens) or tokens[0] != bos):
             tokens = np.concatenate([np.array([bos], np.int32), tokens])
-        return Encoded(text, tokens)
+        return tokens
 
     def answered(self, prompt: Encoded, answer: str, tokens: Sequence[int]) -> Encoded:
         """Return a prompt with an answer to it, as the next prompt of the conversation may begin."""

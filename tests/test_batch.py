@@ -16,9 +16,10 @@ import psutil
 import pytest
 from conftest import Tiny
 
-from amulet_gguf.amulet import Amulet, Answer
+from amulet_gguf.amulet import Amulet
 from amulet_gguf.batch import answers, plan_batch, result
 from amulet_gguf.errors import AmuletError, PromptTooLongError
+from amulet_gguf.generation import Answer
 from amulet_gguf.llama import Model
 from amulet_gguf.records import Record
 from amulet_gguf.settings import Settings
