@@ -25,17 +25,20 @@ if TYPE_CHECKING:
         NonFiniteLogitsError,
         PromptError,
         PromptTooLongError,
+        QueueFullError,
         SettingError,
     )
     from amulet_gguf.generation import Answer, Piece, Timings, Usage
     from amulet_gguf.preferences import PRESETS, Preference
     from amulet_gguf.realign import combine, strength
+    from amulet_gguf.service import AmuletService, ServiceStream
     from amulet_gguf.settings import Settings
 
 __all__ = [
     "PRESETS",
     "Amulet",
     "AmuletError",
+    "AmuletService",
     "Answer",
     "ClosedError",
     "EngineError",
@@ -47,6 +50,8 @@ __all__ = [
     "Preference",
     "PromptError",
     "PromptTooLongError",
+    "QueueFullError",
+    "ServiceStream",
     "SettingError",
     "Settings",
     "Stream",
@@ -62,6 +67,7 @@ _HOMES = {
     "generation": ("Answer", "Piece", "Timings", "Usage"),
     "preferences": ("PRESETS", "Preference"),
     "realign": ("combine", "strength"),
+    "service": ("AmuletService", "ServiceStream"),
     "settings": ("Settings",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

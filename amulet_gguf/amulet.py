@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from amulet_gguf.context import Context
 from amulet_gguf.engine import Engine
@@ -20,6 +20,17 @@ from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class LoadOptions(TypedDict, total=False):
+    """Arguments of `Amulet.load` but for the path and what reports progress."""
+
+    n_ctx: int | None
+    n_gpu_layers: int | None
+    n_threads: int | None
+    n_batch: int | None
+    n_sequences: int
+    rpc: str | None
 
 
 class Stream(Iterator[Piece]):
