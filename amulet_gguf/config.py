@@ -69,6 +69,16 @@ class Config:
             raise ConfigError(f"there is no profile {name!r} in {self.path}: {known}")
         return self.profiles[name]
 
+    def settings(self, name: str, start: Settings) -> Settings:
+        """Return the settings of a profile; what it does not say is as in `start`.
+
+        Raises:
+            ConfigError: there is no such profile.
+        """
+        values = self.values(name)
+        start = Settings.paper() if values.get("preset") == "paper" else start
+        return dataclasses.replace(start, **{key: values[key] for key in values if key in _SETTINGS})
+
 
 def load_config() -> Config:
     """Read the configuration; a missing file is an empty one.

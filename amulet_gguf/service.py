@@ -364,6 +364,11 @@ class AmuletService:
         return self._amulet
 
     @property
+    def is_closed(self) -> bool:
+        """Nothing more can be asked for: it was closed, or cannot go on."""
+        return self._is_closing
+
+    @property
     def n_live(self) -> int:
         """Answers that hold sequences now."""
         return 0 if self._amulet is None else self._amulet.engine.n_live

@@ -17,6 +17,7 @@ from amulet_gguf.cli.explain import explain
 from amulet_gguf.cli.generate import generate
 from amulet_gguf.cli.models import models
 from amulet_gguf.cli.profiles import profiles
+from amulet_gguf.cli.serve import serve
 from amulet_gguf.cli.sessions import sessions
 from amulet_gguf.errors import AmuletError, SettingError
 
@@ -53,6 +54,7 @@ def main() -> None:
 main.add_command(chat)
 main.add_command(generate)
 main.add_command(compare)
+main.add_command(serve)
 main.add_command(batch)
 main.add_command(explain)
 main.add_command(models)

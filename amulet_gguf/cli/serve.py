@@ -1,0 +1,133 @@
+"""`amulet serve`: the model behind HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import Any
+
+import click
+
+from amulet_gguf.cli.options import (
+    model_arguments,
+    model_options,
+    preference_options,
+    sampling_options,
+    settings_from,
+)
+from amulet_gguf.errors import SettingError
+
+
+@click.command()
+@preference_options
+@sampling_options
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
+@click.option(
+    "--api-key",
+    envvar="AMULET_API_KEY",
+    help="Key that requests must carry; needed where others can reach the address. Better given as "
+    "AMULET_API_KEY: other users of the machine can see arguments.",
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Answers with one preference each that are written at once; the memory for them is taken "
+    "at the start.",
+)
+@click.option(
+    "--queue",
+    type=click.IntRange(1, 1024),
+    default=64,
+    show_default=True,
+    help="Answers that may wait; more are refused with 503.",
+)
+@click.option(
+    "--limit-tokens",
+    type=click.IntRange(1, 1_000_000),
+    default=4096,
+    show_default=True,
+    help="Longest answer a request may ask for.",
+)
+@click.option(
+    "--allow-host", multiple=True, metavar="NAME", help="Name the server may be called by. Repeatable."
+)
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    metavar="URL",
+    help="Origin of pages that may ask, such as http://localhost:5173. Repeatable.",
+)
+def serve(
+    host: str,
+    port: int,
+    api_key: str | None,
+    parallel: int,
+    queue: int,
+    limit_tokens: int,
+    allow_host: tuple[str, ...],
+    allow_origin: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Answer programs that speak the OpenAI API, and a page at / for people.
+
+    Preferences and sampling options are where requests start from; what a request says goes before.
+
+    \b
+    amulet serve --prefer concise
+    curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
+    """
+    arguments = model_arguments(options)
+    model = arguments.pop("model")
+    settings = settings_from(**options)
+    try:
+        from amulet_gguf.server.app import Served, create_app
+        from amulet_gguf.server.guard import Access
+        from amulet_gguf.server.run import listen
+        from amulet_gguf.server.run import serve as run
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"{error.name} is missing: pip install 'amulet-gguf[server]'"
+        ) from None
+    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.config import load_config
+    from amulet_gguf.service import AmuletService
+
+    n_sequences = parallel * 2
+    if len(settings.prefer) >= n_sequences:
+        raise SettingError(f"{len(settings.prefer)} preferences need a larger --parallel")
+    access = Access(host, api_key or None, allow_host, allow_origin)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listen(access, port))  # before the model is loaded for nothing
+        bar = stack.enter_context(LateBar("Loading the model"))
+        service = stack.enter_context(
+            AmuletService(
+                model,
+                max_waiting=queue,
+                n_sequences=n_sequences,
+                on_load=lambda fraction: bar.update(fraction, 1.0),
+                **arguments,
+            )
+        )
+        path = service.wait_ready().model.path
+        bar.close()
+        is_name = model is not None and not model.endswith(".gguf") and os.sep not in model
+        name = model if model is not None and is_name else path.stem.lower()
+        served = Served(service, name, settings, load_config(), limit_tokens, n_sequences)
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{listener.getsockname()[1]}"
+        logging.basicConfig(
+            level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+        )
+        logging.getLogger("amulet_gguf.server").setLevel(logging.INFO)
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        run(
+            create_app(served, access),
+            listener,
+            lambda: click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True),
+        )

@@ -1,0 +1,8 @@
+"""The model behind HTTP: OpenAI's API, a page to chat with, and a guard (extra `server`).
+
+guard     who may ask, and how much: addresses, origins, keys, sizes; before anything is parsed
+schema    what may be asked: requests become `Settings` and messages
+replies   what is answered: pieces become OpenAI's objects
+app       the endpoints
+run       the process: sockets, time limits of connections, the end
+"""

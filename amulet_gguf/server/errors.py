@@ -1,0 +1,85 @@
+"""Errors as OpenAI's clients expect them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from starlette.responses import Response
+
+from amulet_gguf.errors import (
+    AmuletError,
+    ClosedError,
+    ConfigError,
+    PromptError,
+    PromptTooLongError,
+    QueueFullError,
+    SettingError,
+)
+
+#: Seconds after which a refused client may try again.
+RETRY_AFTER: Final = 2
+_NAMED: Final = re.compile(r"([a-z_]+) must be ")
+
+
+class RequestError(Exception):
+    """A request that gets an error as its answer.
+
+    Attributes:
+        status: of HTTP.
+        message: one line.
+        code: for programs, or None.
+        param: the field at fault, or None.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    @classmethod
+    def of(cls, error: AmuletError) -> RequestError:
+        """Return what to tell a client of an error of the package."""
+        message = str(error)
+        if isinstance(error, PromptTooLongError):
+            message = (
+                f"the prompt has {error.n_prompt} tokens and the context holds {error.n_ctx}, one of "
+                "them for the answer: shorten the messages"
+            )
+            return cls(400, message, code="context_length_exceeded", param="messages")
+        if isinstance(error, SettingError):
+            named = _NAMED.match(message)
+            return cls(400, message, code="invalid_value", param=named[1] if named else None)
+        if isinstance(error, (PromptError, ConfigError)):
+            return cls(400, message, code="invalid_prompt")
+        if isinstance(error, QueueFullError):
+            return cls(503, message, code="queue_full")
+        if isinstance(error, ClosedError):
+            return cls(503, "the server is closing", code="closed")
+        return cls(500, "the model could not go on with this answer", code="engine_error")
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    @property
+    def response(self) -> Response:
+        headers = {"retry-after": str(RETRY_AFTER)} if self.status == 503 else {}
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return as_json(self.body, self.status, headers)
+
+
+def as_json(
+    content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return a response in ASCII: what a client sent may hold characters that no encoding takes."""
+    return Response(json.dumps(content), status, dict(headers or {}), "application/json")

@@ -1,0 +1,160 @@
+"""What is answered: pieces become the objects of OpenAI's API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from amulet_gguf.generation import Answer, Piece, Usage
+
+#: Said of tokens whose probability is none that a float can hold.
+_LEAST: Final = -9999.0
+_REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "stop"}
+DONE: Final = b"data: [DONE]\n\n"
+
+
+def event(content: Any) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+def usage_of(usages: Iterable[Usage]) -> dict[str, int]:
+    """Return the sum over several answers to one prompt, which counts once."""
+    found = list(usages)
+    prompt = max((usage.prompt_tokens for usage in found), default=0)
+    completion = sum(usage.completion_tokens for usage in found)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+@dataclass
+class Reply:
+    """The answer to one request, in either of OpenAI's forms.
+
+    Attributes:
+        model: the name to report.
+        is_chat: chat completions, or completions.
+        token_bytes: gives a token's bytes.
+        n_logprobs: alternatives to report for each token; None: no probabilities.
+        explain: add what realignment did to each token.
+    """
+
+    model: str
+    is_chat: bool
+    token_bytes: Callable[[int], bytes]
+    n_logprobs: int | None = None
+    explain: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(16)
+        self._offsets: dict[int, int] = {}  # of the text so far, by choice
+
+    @property
+    def n_alternatives(self) -> int:
+        """How many the request must ask for."""
+        wanted = 0 if self.n_logprobs is None else max(1, self.n_logprobs)
+        return max(wanted, 5) if self.explain else wanted
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Return the object of an answer that was not streamed."""
+        choices = []
+        for index, answer in enumerate(answers):
+            choice: dict[str, Any] = {
+                "index": index,
+                "finish_reason": _REASONS[answer.finish_reason],
+                "logprobs": self._logprobs(index, answer.pieces),
+            }
+            if self.is_chat:
+                choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+            else:
+                choice["text"] = answer.text
+            if self.explain:
+                choice["amulet"] = [_explained(piece) for piece in answer.pieces if piece.explanation]
+            choices.append(choice)
+        usage = usage_of(answer.usage for answer in answers)
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+
+    def opening(self, index: int) -> bytes:
+        """Return the event that begins a choice."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, None)
+
+    def events(self, index: int, piece: Piece) -> Iterable[bytes]:
+        """Yield the events of a piece: of its text or token, and of its end."""
+        is_told = piece.explanation is not None and piece.token is not None
+        if piece.text or is_told:
+            yield self._chunk(index, {"content": piece.text}, None, piece)
+        if piece.finish_reason is not None:
+            yield self._chunk(index, {}, _REASONS[piece.finish_reason])
+
+    def usage(self, usages: Iterable[Usage]) -> bytes:
+        """Return the event that ends a stream with its counts."""
+        head = self._head("chat.completion.chunk")
+        return event({**head, "choices": [], "usage": usage_of(usages)})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind if self.is_chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _chunk(
+        self, index: int, delta: dict[str, str], reason: str | None, piece: Piece | None = None
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        if self.is_chat:
+            choice["delta"] = delta
+        else:
+            choice["text"] = delta.get("content", "")
+        if piece is not None and piece.explanation is not None:
+            choice["logprobs"] = self._logprobs(index, [piece])
+            if self.explain:
+                choice["amulet"] = _explained(piece)
+        return event({**self._head("chat.completion.chunk"), "choices": [choice]})
+
+    def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        if self.n_logprobs is None:
+            return None
+        tokens = []
+        offsets = []
+        for piece in pieces:
+            offset = self._offsets.get(index, 0)
+            self._offsets[index] = offset + len(piece.text)
+            if piece.token is None or piece.explanation is None:
+                continue
+            offsets.append(offset)
+            best = piece.explanation.alternatives[: self.n_logprobs]
+            entry = self._entry(piece.token, piece.explanation.probability)
+            top = [self._entry(each.token, each.probability) for each in best]
+            tokens.append({**entry, "top_logprobs": top})
+        if self.is_chat:
+            return {"content": tokens, "refusal": None}
+        return {
+            "tokens": [entry["token"] for entry in tokens],
+            "token_logprobs": [entry["logprob"] for entry in tokens],
+            "top_logprobs": [
+                {each["token"]: each["logprob"] for each in entry["top_logprobs"]} for entry in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+    def _entry(self, token: int, probability: float) -> dict[str, Any]:
+        data = self.token_bytes(token)
+        logprob = math.log(probability) if probability > 0 else _LEAST
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def _explained(piece: Piece) -> dict[str, Any]:
+    assert piece.explanation is not None
+    return {"text": piece.text, "changed": piece.changed, **dataclasses.asdict(piece.explanation)}

@@ -1,0 +1,103 @@
+"""The process: its socket, how long connections may idle, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from amulet_gguf.errors import SettingError
+from amulet_gguf.server.guard import Access, is_loopback
+
+#: For a connection to say what it wants, from its beginning or its last answer.
+HEAD_SECONDS: Final = 15.0
+_CLOSING_SECONDS: Final = 3
+
+
+class _Protocol(H11Protocol):
+    """Closes connections that do not get to the end of a request's head in time.
+
+    uvicorn itself waits forever for a first request, and for the rest of a head.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEAD_SECONDS, self._expire)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        is_asking = self.cycle is None or self.cycle.response_complete
+        if not is_asking and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        elif is_asking and self._deadline is None:  # the beginning of another request
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self._expire)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def _expire(self) -> None:
+        self._deadline = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+def listen(access: Access, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        SettingError: the address is not this machine's, is in use, or is open to others without a key.
+    """
+    if not is_loopback(access.host) and not access.api_key:
+        raise SettingError(
+            f"{access.host} can be reached by others: set --api-key or AMULET_API_KEY, or listen on "
+            "127.0.0.1"
+        )
+    if "*" in access.allow_origins:
+        raise SettingError("--allow-origin takes origins, not *: every page could ask")
+    family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
+    try:
+        return socket.create_server((access.host, port), family=family, backlog=256)
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no such port"
+        raise SettingError(f"cannot listen on {access.host}, port {port}: {why or error}") from None
+
+
+def serve(app: ASGIApp, listener: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
+    """Serve until the process is interrupted or told to end.
+
+    Args:
+        on_ready: called when connections are answered.
+    """
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+    )
+    _Server(config, on_ready).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_ready is not None:
+            self._on_ready()

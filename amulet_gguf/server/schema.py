@@ -1,0 +1,173 @@
+"""What may be asked: OpenAI's requests with this project's fields, as pydantic models."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from amulet_gguf.server.errors import RequestError
+from amulet_gguf.settings import Adapt, Placement, Settings
+
+#: Answers that one request may ask for.
+MAX_ANSWERS: Final = 16
+
+# Fields of OpenAI's that mean nothing here, so that it does no harm to ignore them.
+_IGNORED: Final = frozenset({
+    "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key",
+    "prompt_cache_retention", "safety_identifier", "reasoning_effort", "verbosity", "prediction",
+})  # fmt: skip
+# Fields that would change the answer: only the value that does not is taken.
+_UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+_SETTINGS: Final = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class TextPart(_Asked):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Asked):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+
+class StreamOptions(_Asked):
+    include_usage: bool | None = None
+
+
+class WeightedPreference(_Asked):
+    text: str
+    weight: float = 1.0
+
+
+class _Request(_Asked):
+    """What both kinds of request have."""
+
+    model: str | None = None
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = Field(None, max_length=16 * 1024)
+
+    profile: str | None = None
+    prefer: str | list[str | WeightedPreference] | None = None
+    strength: float | None = None
+    plausibility: float | None = None
+    adapt: Adapt | None = None
+    withhold_echo: bool | None = None
+    placement: Placement | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    repeat_last_n: int | None = None
+    adjustable: bool | None = None
+    explain: bool | None = None
+
+    def changed(self) -> dict[str, Any]:
+        """Return the fields of `Settings` that were given.
+
+        Raises:
+            RequestError: a field that is not known or not possible here.
+        """
+        self._check_others()
+        given = {name: getattr(self, name, None) for name in _SETTINGS}
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(self.prefer, list):
+            given["prefer"] = [
+                each if isinstance(each, str) else (each.text, each.weight) for each in self.prefer
+            ]
+        return given
+
+    def _check_others(self) -> None:
+        for name, value in (self.model_extra or {}).items():
+            if name in _IGNORED or (name in _UNSUPPORTED and value is None):
+                continue
+            if name not in _UNSUPPORTED:
+                near = difflib.get_close_matches(name, type(self).model_fields, n=1)
+                cure = f"; did you mean {near[0]}?" if near else ""
+                message = f"unknown field {name[:64]!r}{cure}"
+                raise RequestError(400, message, code="unknown_parameter", param=name[:64])
+            if value not in _UNSUPPORTED[name]:
+                message = f"{name} is not supported by this server"
+                raise RequestError(400, message, code="unsupported_parameter", param=name)
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    def changed(self) -> dict[str, Any]:
+        given = super().changed()
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
+        return given
+
+    def conversation(self) -> list[dict[str, str]]:
+        """Return the messages as the package has them."""
+        messages = []
+        for message in self.messages:
+            extra = message.model_extra or {}
+            if extra.get("tool_calls") or extra.get("function_call"):
+                raise RequestError(400, "tool calls are not supported by this server", param="messages")
+            content = message.content
+            text = content if isinstance(content, str) else "".join(part.text for part in content)
+            role = "system" if message.role == "developer" else message.role
+            messages.append({"role": role, "content": text})
+        return messages
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None: no probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions."""
+
+    prompt: str | list[str]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    def prompts(self) -> Sequence[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class Adjustment(_Asked):
+    """PATCH /v1/chat/completions/{id}."""
+
+    strength: float | None = None
+    weights: list[float] | None = None
