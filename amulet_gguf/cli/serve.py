@@ -88,8 +88,7 @@ def serve(
     try:
         from amulet_gguf.server.app import Served, create_app
         from amulet_gguf.server.guard import Access
-        from amulet_gguf.server.run import listen
-        from amulet_gguf.server.run import serve as run
+        from amulet_gguf.server.run import listen, make_server
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"{error.name} is missing: pip install 'amulet-gguf[server]'"
@@ -126,8 +125,7 @@ def serve(
         )
         logging.getLogger("amulet_gguf.server").setLevel(logging.INFO)
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
-        run(
+        make_server(
             create_app(served, access),
-            listener,
             lambda: click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True),
-        )
+        ).run(sockets=[listener])

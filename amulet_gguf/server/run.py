@@ -72,8 +72,8 @@ def listen(access: Access, port: int) -> socket.socket:
         raise SettingError(f"cannot listen on {access.host}, port {port}: {why or error}") from None
 
 
-def serve(app: ASGIApp, listener: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
-    """Serve until the process is interrupted or told to end.
+def make_server(app: ASGIApp, on_ready: Callable[[], None]) -> uvicorn.Server:
+    """Return a server whose `run(sockets=[…])` ends when the process is interrupted.
 
     Args:
         on_ready: called when connections are answered.
@@ -89,15 +89,14 @@ def serve(app: ASGIApp, listener: socket.socket, on_ready: Callable[[], None] | 
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
-    _Server(config, on_ready).run(sockets=[listener])
+    return _Server(config, on_ready)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._on_ready is not None:
-            self._on_ready()
+        self._on_ready()
