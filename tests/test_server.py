@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -416,7 +417,7 @@ def test_an_address_in_use_is_told(server: Running) -> None:
         listen(Access(), server.port)
 
 
-def test_a_strength_changes_while_text_streams(http: httpx.Client) -> None:
+def test_a_strength_changes_while_text_streams(server: Running, http: httpx.Client) -> None:
     asked = {**ASKED, "prefer": ["concise", "formal:0.5"], "max_tokens": 400, "stream": True}
     asked |= {"adjustable": True, "explain": True}
     with http.stream("POST", CHAT, json=asked) as answer:
@@ -426,7 +427,7 @@ def test_a_strength_changes_while_text_streams(http: httpx.Client) -> None:
                 break
         assert chunk["choices"][0]["amulet"]["alternatives"]
         path = f"{CHAT}/{chunk['id']}"
-        changed = httpx.patch(str(http.base_url) + path.lstrip("/"), json={"strength": 0})
+        changed = httpx.patch(server.url + path, json={"strength": 0})
         assert changed.json() == {"id": chunk["id"], "strength": 0, "weights": [1.0, 0.5]}
         later = [each["choices"][0]["amulet"] for each in lines if "amulet" in each["choices"][0]]
     # Strength 0 is the base: what follows is far from prompting, by the base's own probabilities.
@@ -462,10 +463,8 @@ def _vanish(port: int, number: int) -> None:
         connection.sendall(message[: len(message) // 2] if number % 8 == 1 else message)
         if number % 8 > 3:
             connection.settimeout(0.3)
-            try:
+            with contextlib.suppress(TimeoutError):
                 connection.recv(100)
-            except TimeoutError:
-                pass
 
 
 def _open_files() -> int:

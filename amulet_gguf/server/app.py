@@ -132,6 +132,10 @@ def create_app(served: Served, access: Access | None = None) -> ASGIApp:
     async def on_http_exception(_: Request, error: HTTPException) -> Response:
         return RequestError(error.status_code, str(error.detail)).response
 
+    @app.exception_handler(Exception)  # the guard logs it
+    async def on_other(_: Request, __: Exception) -> Response:
+        return RequestError(500, "the server failed at this request").response
+
     inner: ASGIApp = app
     if access.allow_origins:
         inner = CORSMiddleware(
