@@ -167,6 +167,7 @@ class Window(QtWidgets.QMainWindow):
         if stream is self.stream:  # and not one that was replaced
             self.result.moveCursor(QTextCursor.MoveOperation.End)
             self.result.insertPlainText(text)
+            self.progress.setValue(100)
 
     def on_ended(self, stream: ServiceStream, about: str) -> None:
         if stream is self.stream:
