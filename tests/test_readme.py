@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from serving import serving
 
 from amulet_gguf.cli import main
 
@@ -38,12 +40,53 @@ def test_the_help_shown_is_the_help_given() -> None:
         assert text == expected, "run AMULET_UPDATE_README=1 scripts/test tests/test_readme.py"
 
 
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
 @pytest.mark.model
 def test_the_python_example_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    code = next(code for code in python_blocks() if "Amulet.load" in code)
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Timings(" in done.stdout
+
+
+@pytest.mark.model
+def test_the_example_of_the_service_runs() -> None:
+    code = next(code for code in python_blocks() if "AmuletService" in code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "completion_tokens=40" in done.stdout
+
+
+@pytest.mark.model
+def test_the_example_of_the_server_runs(real_model: Path) -> None:
+    code = next(code for code in python_blocks() if "OpenAI" in code)
+    with serving(real_model, n_ctx=512, n_threads=None) as running:
+        assert "http://127.0.0.1:8080" in code
+        code = code.replace("http://127.0.0.1:8080", running.url)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 10
+
+
+@pytest.mark.model
+def test_the_commands_of_llm_run(tmp_path: Path) -> None:
+    shown = re.findall(r"^llm (.*)$", README.read_text("utf-8"), re.MULTILINE)
+    assert len(shown) == 2
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "AMULET_HOME": str(tmp_path)}
+    for line in shown:
+        short = [*shlex.split(line), "-o", "max_tokens", "12"]
+        done = subprocess.run(
+            [sys.executable, "-m", "llm", *short],
+            capture_output=True,
+            text=True,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
 
 
 @pytest.mark.model
