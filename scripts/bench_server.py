@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Usage: python scripts/bench_server [MODEL]
+"""Usage: python scripts/bench_server.py [MODEL]
 
-What the server costs over the engine: the same answers, one and eight at a time, straight from the engine
+What the server costs over the engine: the same answers, one and eight at a time, straight from it
 and through HTTP, in turns within one run. The clients are a process of their own. Medians of 5 rounds.
 """
 
@@ -89,7 +88,11 @@ def main() -> None:
             thread = threading.Thread(target=server.run, args=([listener],))
             thread.start()
             is_ready.wait()
-            asked = {"messages": [{"role": "user", "content": PROMPT}], "prefer": "concise", "stream": True}
+            asked = {
+                "messages": [{"role": "user", "content": PROMPT}],
+                "prefer": "concise",
+                "stream": True,
+            }
             asked |= {"max_tokens": TOKENS, "temperature": 1.5, "seed": 1}
             port = str(listener.getsockname()[1])
             for n in (1, 8):
@@ -109,7 +112,9 @@ def main() -> None:
                     begin, end = max(each[0] for each in times), min(each[-1] for each in times)
                     counts = [sum(begin < t <= end for t in each) for each in times]
                     http.append((end - begin) / max(counts))
-                    late += [a - b for a, b in zip(sorted(e[0] for e in times), sorted(firsts), strict=True)]
+                    late += [
+                        a - b for a, b in zip(sorted(e[0] for e in times), sorted(firsts), strict=True)
+                    ]
                 client.stdin.close()
                 client.wait()
                 ratios = [b / a for a, b in zip(engine[1:], http[1:], strict=True)]  # the first warms up
