@@ -84,7 +84,7 @@ def main() -> None:
         with listen(Access(), 0) as listener:
             is_ready = threading.Event()
             app = create_app(Served(service, "bench", n_sequences=16), Access())
-            server = make_server(app, is_ready.set)
+            server = make_server(app, is_ready.set, lambda: None)
             thread = threading.Thread(target=server.run, args=([listener],))
             thread.start()
             is_ready.wait()

@@ -54,7 +54,7 @@ def serving(
             service, path.stem, config=config, max_tokens=max_tokens, n_sequences=n_sequences
         )
         is_ready = threading.Event()
-        server = make_server(create_app(served, access), is_ready.set)
+        server = make_server(create_app(served, access), is_ready.set, lambda: None)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         assert is_ready.wait(20)

@@ -585,8 +585,11 @@ def test_the_command_serves_until_it_is_interrupted(tiny: Tiny, tmp_path: Path) 
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         asked = {**ASKED, "max_tokens": 450, "stream": True, "stop": ["\0"]}
         with httpx.stream("POST", url + CHAT, json=asked, timeout=30) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             process.send_signal(signal.SIGINT)
+            with contextlib.suppress(httpx.RemoteProtocolError):
+                list(lines)
             process.wait(20)
         output, errors = process.communicate()
         assert "Traceback" not in errors

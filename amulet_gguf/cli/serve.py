@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 from typing import Any
 
 import click
@@ -124,8 +125,10 @@ def serve(
             level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
         )
         logging.getLogger("amulet_gguf.server").setLevel(logging.INFO)
-        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the guard tells of failures
         make_server(
             create_app(served, access),
             lambda: click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True),
+            # Ends what is under way with an error that says why.
+            on_exit=lambda: threading.Thread(target=service.close).start(),
         ).run(sockets=[listener])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from types import FrameType
 from typing import Final
 
 import uvicorn
@@ -72,11 +73,14 @@ def listen(access: Access, port: int) -> socket.socket:
         raise SettingError(f"cannot listen on {access.host}, port {port}: {why or error}") from None
 
 
-def make_server(app: ASGIApp, on_ready: Callable[[], None]) -> uvicorn.Server:
+def make_server(
+    app: ASGIApp, on_ready: Callable[[], None], on_exit: Callable[[], None]
+) -> uvicorn.Server:
     """Return a server whose `run(sockets=[…])` ends when the process is interrupted.
 
     Args:
         on_ready: called when connections are answered.
+        on_exit: called by the signal that ends it; must return at once.
     """
     config = uvicorn.Config(
         app,
@@ -89,13 +93,20 @@ def make_server(app: ASGIApp, on_ready: Callable[[], None]) -> uvicorn.Server:
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
-    return _Server(config, on_ready)
+    return _Server(config, on_ready, on_exit)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_ready: Callable[[], None], on_exit: Callable[[], None]
+    ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_exit()
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
