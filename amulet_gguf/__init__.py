@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from amulet_gguf.generation import Answer, Piece, Timings, Usage
     from amulet_gguf.preferences import PRESETS, Preference
     from amulet_gguf.realign import combine, strength
-    from amulet_gguf.service import AmuletService, ServiceStream
+    from amulet_gguf.service import AmuletService
+    from amulet_gguf.service_stream import ServiceStream
     from amulet_gguf.settings import Settings
 
 __all__ = [
@@ -67,7 +68,8 @@ _HOMES = {
     "generation": ("Answer", "Piece", "Timings", "Usage"),
     "preferences": ("PRESETS", "Preference"),
     "realign": ("combine", "strength"),
-    "service": ("AmuletService", "ServiceStream"),
+    "service": ("AmuletService",),
+    "service_stream": ("ServiceStream",),
     "settings": ("Settings",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -13,7 +13,8 @@ import llm
 from pydantic import Field
 
 if TYPE_CHECKING:
-    from amulet_gguf.service import AmuletService, ServiceStream
+    from amulet_gguf.service import AmuletService
+    from amulet_gguf.service_stream import ServiceStream
     from amulet_gguf.settings import Settings
 
 _lock = threading.Lock()
@@ -25,7 +26,7 @@ def register_models(register: Callable[..., None]) -> None:
     register(AmuletModel(), AmuletAsyncModel())
 
 
-class Options(llm.Options):
+class _Options(llm.Options):
     """What `-o NAME VALUE` takes; `amulet_gguf.settings` says which values are possible."""
 
     prefer: str | None = Field(
@@ -115,8 +116,7 @@ class AmuletModel(llm.Model):
     model_id = "amulet"
     can_stream = True
 
-    class Options(Options):
-        pass
+    Options = _Options  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return "Amulet: amulet"
@@ -145,8 +145,7 @@ class AmuletAsyncModel(llm.AsyncModel):
     model_id = "amulet"
     can_stream = True
 
-    class Options(Options):
-        pass
+    Options = _Options  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return "Amulet (async): amulet"

@@ -15,270 +15,22 @@ import logging
 import os
 import queue
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from amulet_gguf.amulet import Amulet, LoadOptions
-from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError, SettingError
-from amulet_gguf.generation import Answer, Generation, Piece, Request, Timings, Usage
+from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
+from amulet_gguf.generation import Request
 from amulet_gguf.planning import Planner
-from amulet_gguf.preferences import Preference
 from amulet_gguf.prompting import Message
+from amulet_gguf.service_stream import Job, ServiceStream, cancel, remix
 from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
 logger = logging.getLogger(__name__)
-
-
-class _Job:
-    """A generation as all threads see it, from the call that asks for it on.
-
-    Attributes:
-        plan: makes the request.
-        settings: as they are now.
-        is_adjustable: they may change.
-        generation: once it is queued in the engine.
-        pieces: not yet taken.
-        error: why there is no generation.
-    """
-
-    def __init__(
-        self,
-        plan: Callable[[Planner, Settings], Request],
-        settings: Settings,
-        is_adjustable: bool,
-        on_prefill: Callable[[int, int], None] | None,
-    ) -> None:
-        self.plan = plan
-        self.settings = settings
-        self.is_adjustable = is_adjustable
-        self.on_prefill = on_prefill
-        self.generation: Generation | None = None
-        self.pieces: deque[Piece] = deque()
-        self.error: BaseException | None = None
-        self.is_cancelled = False
-        # A stream is cancelled when it is collected, which may be in the middle of `notify`.
-        self.lock = threading.RLock()
-        self._has_news = threading.Condition(self.lock)
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-
-    @property
-    def is_accepted(self) -> bool:
-        """The engine has it, or never will."""
-        return self.generation is not None or self.is_finished
-
-    @property
-    def is_finished(self) -> bool:
-        if self.generation is not None:
-            return self.generation.is_finished
-        return self.is_cancelled or self.error is not None
-
-    @property
-    def has_more(self) -> bool:
-        return self.is_finished or bool(self.pieces)
-
-    def begin(self, generation: Generation) -> None:
-        with self.lock:
-            self.generation = generation
-            self.pieces = generation.pieces
-        self.notify()
-
-    def cancel(self) -> None:
-        with self.lock:
-            if not self.is_accepted:
-                self.pieces.append(Piece("", finish_reason="cancelled"))
-            self.is_cancelled = True
-        self.notify()
-
-    def fail(self, error: BaseException) -> None:
-        if self.generation is not None:
-            self.generation.fail(error)
-        else:
-            self.error = error
-        self.notify()
-
-    def notify(self) -> None:
-        """Wake those who wait; what is new must be in place before."""
-        with self.lock:
-            self._has_news.notify_all()
-            waiters, self._waiters = self._waiters, []
-        for loop, future in waiters:
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(_wake, future)
-
-    def wait(self) -> None:
-        """Wait until `take` has an answer."""
-        with self.lock:
-            while not self.has_more:
-                self._has_news.wait()
-
-    async def wait_async(self, is_enough: Callable[[], bool]) -> None:
-        """Wait for news until they are enough."""
-        loop = asyncio.get_running_loop()
-        while True:
-            with self.lock:
-                if is_enough():
-                    return
-                future = loop.create_future()
-                self._waiters.append((loop, future))
-            await future
-
-    def take(self) -> Piece | None:
-        """Return the next piece, or None after the last; only one caller, after waiting.
-
-        Raises:
-            BaseException: the generation failed.
-        """
-        if self.pieces:
-            return self.pieces.popleft()
-        error = self.error if self.generation is None else self.generation.error
-        if error is not None:
-            raise error
-        return None
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-class ServiceStream(Iterator[Piece], AsyncIterator[Piece]):
-    """The pieces of an answer as they are written, for one thread (`for`) or task (`async for`).
-
-    Leaving its `with` or `async with`, or dropping it, cancels what is not written yet. `cancel`,
-    `adjust` and the counts may be used from any thread and wait for nothing.
-    """
-
-    def __init__(self, job: _Job, post: Callable[[Callable[[Amulet], None]], None]) -> None:
-        self._job = job
-        self._post = post
-
-    def __next__(self) -> Piece:
-        self._job.wait()
-        piece = self._job.take()
-        if piece is None:
-            raise StopIteration
-        return piece
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Piece:
-        await self._job.wait_async(lambda: self._job.has_more)
-        piece = self._job.take()
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        if not self._job.is_finished:
-            self.cancel()
-
-    async def accepted(self) -> None:
-        """Wait until the prompt is queued in the engine.
-
-        Raises:
-            AmuletError: it cannot be answered.
-        """
-        await self._job.wait_async(lambda: self._job.is_accepted)
-        if self._job.error is not None:
-            raise self._job.error
-
-    def answer(self, taken: Sequence[Piece] = ()) -> Answer:
-        """Take the pieces that are left, and return the whole answer.
-
-        Args:
-            taken: those taken before.
-
-        Raises:
-            AmuletError: the generation failed.
-        """
-        return self._answer([*taken, *self])
-
-    async def answer_async(self, taken: Sequence[Piece] = ()) -> Answer:
-        """Do as `answer`, for a task."""
-        return self._answer([*taken, *[piece async for piece in self]])
-
-    def _answer(self, pieces: list[Piece]) -> Answer:
-        text = "".join(piece.text for piece in pieces)
-        reason = pieces[-1].finish_reason if pieces else None
-        return Answer(text, reason or "cancelled", self.usage, self.timings, pieces)
-
-    def cancel(self) -> None:
-        """End the answer within a step; the pieces that are left can still be taken."""
-        self._job.cancel()
-        self._post(partial(_cancel, self._job))
-
-    def adjust(self, strength: float | None = None, weights: Sequence[float] | None = None) -> None:
-        """Change the strength, or the weights of the preferences, from the next token on.
-
-        Args:
-            weights: one for each preference, in their order.
-
-        Raises:
-            SettingError: out of range, another number of weights, or the stream is not adjustable.
-        """
-        job = self._job
-        if not job.is_adjustable:
-            raise SettingError("this answer is not adjustable: ask for it with is_adjustable=True")
-        with job.lock:
-            prefer = job.settings.prefer
-            if weights is not None:
-                if len(weights) != len(prefer):
-                    raise SettingError(f"expected {len(prefer)} weights, got {len(weights)}")
-                prefer = tuple(map(Preference, [each.text for each in prefer], weights))
-            new = job.settings.strength if strength is None else strength
-            job.settings = dataclasses.replace(job.settings, prefer=prefer, strength=new)
-        self._post(partial(_remix, job))
-
-    @property
-    def settings(self) -> Settings:
-        """As they are now."""
-        return self._job.settings
-
-    @property
-    def is_finished(self) -> bool:
-        """Nothing more will be written; the last pieces may not have been taken yet."""
-        return self._job.is_finished
-
-    @property
-    def usage(self) -> Usage:
-        """So far."""
-        generation = self._job.generation
-        return Usage(0, 0, 0) if generation is None else generation.usage
-
-    @property
-    def timings(self) -> Timings:
-        """So far."""
-        generation = self._job.generation
-        return Timings(0.0, 0.0, 0.0, 0.0) if generation is None else generation.timings
-
-
-def _cancel(job: _Job, amulet: Amulet) -> None:
-    if job.generation is not None:
-        amulet.engine.cancel(job.generation)
-        job.notify()
-
-
-def _remix(job: _Job, amulet: Amulet) -> None:
-    if job.generation is not None:
-        job.generation.mixture = amulet.planner.mixture(job.settings)
 
 
 class AmuletService:
@@ -311,12 +63,12 @@ class AmuletService:
         self._amulet: Amulet | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        self._jobs: set[_Job] = set()  # not finished, or not yet known to be
-        self._running: list[_Job] = []  # of the engine; only its thread looks at it
+        self._jobs: set[Job] = set()  # not finished, or not yet known to be
+        self._running: list[Job] = []  # of the engine; only its thread looks at it
         self._is_closing = False
         self._is_ready = threading.Event()  # loaded, or never will be
         # The only queues whose `put` is safe in `__del__`, which may run in the middle of anything.
-        self._unplanned: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._unplanned: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._commands: queue.SimpleQueue[Callable[[Amulet], None]] = queue.SimpleQueue()
         self._planner = threading.Thread(target=self._plan, name="amulet-planner", daemon=True)
         self._engine = threading.Thread(
@@ -420,7 +172,7 @@ class AmuletService:
                 n_alternatives=n_alternatives,
             )
 
-        job = _Job(plan, settings, is_adjustable, on_prefill)
+        job = Job(plan, settings, is_adjustable, on_prefill)
         with self._lock:
             if self._is_closing:
                 raise self._closed()
@@ -494,7 +246,7 @@ class AmuletService:
             while True:
                 self._commands.get_nowait()(amulet)
 
-    def _submit(self, job: _Job, request: Request, planned: Settings, amulet: Amulet) -> None:
+    def _submit(self, job: Job, request: Request, planned: Settings, amulet: Amulet) -> None:
         if job.is_cancelled:
             self._forget(job)
             return
@@ -506,15 +258,15 @@ class AmuletService:
         self._running.append(job)
         job.begin(generation)
         if job.settings is not planned:
-            _remix(job, amulet)
+            remix(job, amulet)
         if job.is_cancelled:  # since the question above
-            _cancel(job, amulet)
+            cancel(job, amulet)
 
-    def _refuse(self, job: _Job, error: BaseException, _amulet: Amulet) -> None:
+    def _refuse(self, job: Job, error: BaseException, _amulet: Amulet) -> None:
         job.fail(error)
         self._forget(job)
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: Job) -> None:
         with self._lock:
             self._jobs.discard(job)
 
@@ -530,7 +282,7 @@ class AmuletService:
             self._tell(job, amulet)
         self._running = [job for job in self._running if not job.is_finished]
 
-    def _tell(self, job: _Job, amulet: Amulet) -> None:
+    def _tell(self, job: Job, amulet: Amulet) -> None:
         generation = job.generation
         assert generation is not None
         if job.on_prefill is not None and generation.n_tokens == 0:

@@ -8,13 +8,13 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from conftest import Tiny
+from serving import is_free, until
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.errors import (
@@ -28,7 +28,8 @@ from amulet_gguf.errors import (
     SettingError,
 )
 from amulet_gguf.generation import Piece
-from amulet_gguf.service import AmuletService, ServiceStream
+from amulet_gguf.service import AmuletService
+from amulet_gguf.service_stream import ServiceStream
 from amulet_gguf.settings import Settings
 
 LONG = 100_000  # tokens: as many as the context takes
@@ -84,18 +85,6 @@ class Gate:
 
     def allow(self, n: int = 1) -> None:
         self._steps.release(n)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def is_free(service: AmuletService) -> bool:
-    """Nothing runs or waits, and no sequence is taken."""
-    return service.n_live == 0 and service.n_waiting == 0 and not service.wait_ready().engine._waiting
 
 
 def test_answers_are_those_of_the_model_alone(service: Service, alone: Amulet) -> None:

@@ -31,7 +31,8 @@ from amulet_gguf.server.guard import Access, Guard
 from amulet_gguf.server.metrics import Metrics
 from amulet_gguf.server.replies import DONE, Reply, event
 from amulet_gguf.server.schema import MAX_ANSWERS, Adjustment, ChatRequest, CompletionRequest
-from amulet_gguf.service import AmuletService, ServiceStream
+from amulet_gguf.service import AmuletService
+from amulet_gguf.service_stream import ServiceStream
 from amulet_gguf.settings import Settings
 
 #: The name of whatever model is served.
@@ -221,9 +222,10 @@ class _Api:
 
     def _settings(self, body: ChatRequest | CompletionRequest) -> Settings:
         served = self._served
-        settings = dataclasses.replace(served.start(body.model, body.profile), **body.changed())
+        asked = body.changed()
+        settings = dataclasses.replace(served.start(body.model, body.profile), **asked)
         if settings.max_tokens > served.max_tokens:
-            if body.changed().get("max_tokens") is not None:
+            if "max_tokens" in asked:
                 message = f"max_tokens must be at most {served.max_tokens}"
                 raise RequestError(400, message, code="invalid_value", param="max_tokens")
             settings = dataclasses.replace(settings, max_tokens=served.max_tokens)
@@ -271,7 +273,6 @@ class _Api:
                 has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
                 return EventSourceResponse(
                     self._events(reply, streams, has_usage),
-                    headers={"cache-control": "no-store"},
                     send_timeout=_SEND_SECONDS,
                 )
             answers = await self._collect(streams, request)

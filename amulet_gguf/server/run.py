@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from amulet_gguf.errors import SettingError
 from amulet_gguf.server.guard import Access, is_loopback
 
-#: For a connection to say what it wants, from its beginning or its last answer.
+#: For the head of a request, from the connection or from its own first byte.
 HEAD_SECONDS: Final = 15.0
 _CLOSING_SECONDS: Final = 3
 
