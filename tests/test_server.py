@@ -172,6 +172,11 @@ def test_texts_are_gone_on_with(client: openai.OpenAI, alone: Amulet) -> None:
         model="amulet", prompt=["Once upon", "<|im_end|>"], max_tokens=9, logprobs=2
     )
     assert got.choices[0].text == expected
+    each = [
+        client.completions.create(model="amulet", prompt=prompt, max_tokens=9, n=2).usage.prompt_tokens
+        for prompt in ("Once upon", "<|im_end|>")
+    ]
+    assert got.usage.prompt_tokens == sum(each)
     found = got.choices[0].logprobs
     assert found.text_offset[0] == 0
     assert "".join(found.tokens) == expected

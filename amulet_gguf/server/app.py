@@ -241,6 +241,7 @@ class _Api:
             self._amulet.model.token_bytes,
             body.n_logprobs,
             bool(body.explain),
+            body.n or 1,
         )
 
     async def _answer(
@@ -251,14 +252,13 @@ class _Api:
         settings: Settings,
         prompts: Sequence[dict[str, Any]],
     ) -> Response:
-        n = body.n or 1
-        if not 1 <= len(prompts) * n <= MAX_ANSWERS:
+        if not 1 <= len(prompts) * reply.n <= MAX_ANSWERS:
             message = f"one request may ask for 1 to {MAX_ANSWERS} answers"
             raise RequestError(400, message, code="invalid_value", param="n")
         streams: list[ServiceStream] = []
         try:
             for prompt in prompts:
-                for i in range(n):
+                for i in range(reply.n):
                     seed = None if settings.seed is None else (settings.seed + i) % 2**64
                     stream = self._service.stream(
                         settings=dataclasses.replace(settings, seed=seed),

@@ -24,10 +24,10 @@ def event(content: Any) -> bytes:
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
-def usage_of(usages: Iterable[Usage]) -> dict[str, int]:
-    """Return the sum over several answers to one prompt, which counts once."""
+def usage_of(usages: Iterable[Usage], n: int) -> dict[str, int]:
+    """Return the sum over n answers to each of some prompts, every prompt counted once."""
     found = list(usages)
-    prompt = max((usage.prompt_tokens for usage in found), default=0)
+    prompt = sum(usage.prompt_tokens for usage in found[::n])
     completion = sum(usage.completion_tokens for usage in found)
     return {
         "prompt_tokens": prompt,
@@ -46,6 +46,7 @@ class Reply:
         token_bytes: gives a token's bytes.
         n_logprobs: alternatives to report for each token; None: no probabilities.
         explain: add what realignment did to each token.
+        n: answers to each prompt.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Reply:
     token_bytes: Callable[[int], bytes]
     n_logprobs: int | None = None
     explain: bool = False
+    n: int = 1
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class Reply:
             if self.explain:
                 choice["amulet"] = [_explained(piece) for piece in answer.pieces if piece.explanation]
             choices.append(choice)
-        usage = usage_of(answer.usage for answer in answers)
+        usage = usage_of((answer.usage for answer in answers), self.n)
         return {**self._head("chat.completion"), "choices": choices, "usage": usage}
 
     def opening(self, index: int) -> bytes:
@@ -99,7 +101,7 @@ class Reply:
     def usage(self, usages: Iterable[Usage]) -> bytes:
         """Return the event that ends a stream with its counts."""
         head = self._head("chat.completion.chunk")
-        return event({**head, "choices": [], "usage": usage_of(usages)})
+        return event({**head, "choices": [], "usage": usage_of(usages, self.n)})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
