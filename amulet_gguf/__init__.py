@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     __version__: str
 
     from amulet_gguf.amulet import Amulet, Stream
+    from amulet_gguf.engine.generation import Answer, Piece, Timings, Usage
     from amulet_gguf.errors import (
         AmuletError,
         ClosedError,
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
         QueueFullError,
         SettingError,
     )
-    from amulet_gguf.generation import Answer, Piece, Timings, Usage
+    from amulet_gguf.method.realign import combine, strength
     from amulet_gguf.preferences import PRESETS, Preference
-    from amulet_gguf.realign import combine, strength
-    from amulet_gguf.service import AmuletService
-    from amulet_gguf.service_stream import ServiceStream
+    from amulet_gguf.service.service import AmuletService
+    from amulet_gguf.service.stream import ServiceStream
     from amulet_gguf.settings import Settings
 
 __all__ = [
@@ -65,11 +65,11 @@ __all__ = [
 # Imported when first used, because llama.cpp and Numba take most of a second.
 _HOMES = {
     "amulet": ("Amulet", "Stream"),
-    "generation": ("Answer", "Piece", "Timings", "Usage"),
+    "engine.generation": ("Answer", "Piece", "Timings", "Usage"),
     "preferences": ("PRESETS", "Preference"),
-    "realign": ("combine", "strength"),
-    "service": ("AmuletService",),
-    "service_stream": ("ServiceStream",),
+    "method.realign": ("combine", "strength"),
+    "service.service": ("AmuletService",),
+    "service.stream": ("ServiceStream",),
     "settings": ("Settings",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

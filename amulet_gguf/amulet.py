@@ -7,15 +7,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
-from amulet_gguf.context import Context
-from amulet_gguf.engine import Engine
+from amulet_gguf.engine.engine import Engine
+from amulet_gguf.engine.generation import Answer, Generation, Piece, Timings, Usage
 from amulet_gguf.errors import SettingError
-from amulet_gguf.generation import Answer, Generation, Piece, Timings, Usage
-from amulet_gguf.llama import Model, can_offload
-from amulet_gguf.memory import DEFAULT_N_CTX, check_fits
-from amulet_gguf.models import find_model
-from amulet_gguf.planning import Planner
-from amulet_gguf.prompting import Message
+from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.memory import DEFAULT_N_CTX, check_fits
+from amulet_gguf.llama.model import Model, can_offload
+from amulet_gguf.models.find import find_model
+from amulet_gguf.prompts.planning import Planner
+from amulet_gguf.prompts.template import Message
 from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Amulet:
             n_ctx: tokens of prompt and answer together. None: 4096, or what the model can if less.
             n_gpu_layers: layers to run on the GPU, negative for all. None: all if llama.cpp can.
             n_threads: CPU threads. None: one per physical core.
-            n_batch: tokens read in one step. None: see `amulet_gguf.context.Context`.
+            n_batch: tokens read in one step. None: see `amulet_gguf.llama.context.Context`.
             n_sequences: memory to begin with, in branches that can run at once: a generation takes one
                 for the base and one per preference. It grows when more are asked for.
             rpc: servers of llama.cpp that share the model, "HOST:PORT,HOST:PORT": see `Model`.
@@ -147,8 +147,8 @@ class Amulet:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
             ConfigError: the default model is asked for, and the configuration has a mistake.
             SettingError: a number out of range, or rpc not possible.
-            EngineError: not enough memory (see `amulet_gguf.memory.check_fits`), or an RPC server cannot
-                be reached.
+            EngineError: not enough memory (see `amulet_gguf.llama.memory.check_fits`), or an RPC server
+                cannot be reached.
         """
         check_n_ctx(n_ctx)
         file = find_model(path)

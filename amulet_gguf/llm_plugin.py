@@ -13,8 +13,8 @@ import llm
 from pydantic import Field
 
 if TYPE_CHECKING:
-    from amulet_gguf.service import AmuletService
-    from amulet_gguf.service_stream import ServiceStream
+    from amulet_gguf.service.service import AmuletService
+    from amulet_gguf.service.stream import ServiceStream
     from amulet_gguf.settings import Settings
 
 _lock = threading.Lock()
@@ -55,7 +55,7 @@ def _settings(options: Any, system: str | None) -> Settings:
     """Return the settings of a prompt: what is typed, the profile, the defaults."""
     import dataclasses
 
-    from amulet_gguf.config import load_config
+    from amulet_gguf.home.config import load_config
     from amulet_gguf.settings import Settings
 
     given = {name: value for name, value in options.model_dump().items() if value is not None}
@@ -73,7 +73,7 @@ def _settings(options: Any, system: str | None) -> Settings:
 
 def _service(options: Any) -> AmuletService:
     """Return the model that is asked for, which stays loaded for the prompts after."""
-    from amulet_gguf.service import AmuletService
+    from amulet_gguf.service.service import AmuletService
 
     key = (options.model, options.n_ctx)
     with _lock:

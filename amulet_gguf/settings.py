@@ -73,7 +73,7 @@ class Settings:
             (positive weights whose sum times strength is at most 1, or no preferences).
         adapt: "none" goes to the full strength at every token; "divergence" as far beyond ordinary
             prompting as the branches differ at this token; "entropy" as far as prompting is uncertain of
-            it (see `amulet_gguf.adaptive.adapted`). Without extrapolation it does nothing.
+            it (see `amulet_gguf.method.adaptive.adapted`). Without extrapolation it does nothing.
         withhold_echo: do not amplify the words of the preferences themselves.
         placement: where branches carry the preference: at the end of the last user message ("turn")
             or of the system prompt ("system").
@@ -81,7 +81,7 @@ class Settings:
         max_tokens: length of the answer at most.
         stop: texts before which the answer ends; one text is accepted too.
         temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed:
-            see `amulet_gguf.sampling.Sampler`.
+            see `amulet_gguf.method.sampling.Sampler`.
 
     Raises:
         SettingError: a value is not of its type or out of its range.
@@ -145,7 +145,7 @@ class Settings:
         of alpha = 2, lambda = 2, eta = 10 and 60 iterations. One thing differs on purpose: the prompt
         ends with the template's header of the assistant's turn, which the reference leaves out.
         """
-        from amulet_gguf.realign import strength
+        from amulet_gguf.method.realign import strength
 
         return cls(
             prefer=as_preferences(prefer),

@@ -18,7 +18,7 @@ from amulet_gguf.amulet import Amulet
 from amulet_gguf.server.app import Served, create_app
 from amulet_gguf.server.guard import Access
 from amulet_gguf.server.run import listen, make_server
-from amulet_gguf.service import AmuletService
+from amulet_gguf.service.service import AmuletService
 from amulet_gguf.settings import Settings
 
 ROUNDS = 5

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_models
+from fixture_types import Load, MakeContext, Tiny
 from hypothesis import settings
 
-from amulet_gguf.context import Context
-from amulet_gguf.llama import Model
-from amulet_gguf.models import bundled_model
+from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.model import Model
+from amulet_gguf.models.find import bundled_model
 
 # Elsewhere, every run looks for new examples; what guards a change must not depend on luck.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
-
-Tiny = Callable[[str], Path]
-Load = Callable[[str], Model]
-MakeContext = Callable[..., Context]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

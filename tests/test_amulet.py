@@ -15,10 +15,11 @@ import pytest
 from literal import ftrl, log_softmax
 
 import amulet_gguf
-from amulet_gguf import Amulet, PromptError, PromptTooLongError, SettingError, Settings, generation
-from amulet_gguf.context import Context
+from amulet_gguf import Amulet, PromptError, PromptTooLongError, SettingError, Settings
+from amulet_gguf.engine import generation
+from amulet_gguf.llama.context import Context
 from amulet_gguf.preferences import PRESETS
-from amulet_gguf.prompting import ChatTemplate, conversation, with_preference
+from amulet_gguf.prompts.template import ChatTemplate, conversation, with_preference
 
 PROMPT = "How do I ask for a raise?"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import llm
 import pytest
-from conftest import Tiny
+from fixture_types import Tiny
 
 from amulet_gguf import llm_plugin
 from amulet_gguf.amulet import Amulet

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amulet_gguf.errors import SettingError
+from amulet_gguf.method.realign import strength
 from amulet_gguf.preferences import PRESETS, Preference
-from amulet_gguf.prompting import with_preference
-from amulet_gguf.realign import strength
+from amulet_gguf.prompts.template import with_preference
 from amulet_gguf.settings import PAPER_SYSTEM, RANGES, Options, Settings
 
 FIELDS = [field.name for field in dataclasses.fields(Settings)]

@@ -20,10 +20,10 @@ from amulet_gguf.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-    from amulet_gguf.batch import Plan
-    from amulet_gguf.journal import Journal
-    from amulet_gguf.llama import Model
-    from amulet_gguf.records import Record
+    from amulet_gguf.batch.journal import Journal
+    from amulet_gguf.batch.records import Record
+    from amulet_gguf.batch.run import Plan
+    from amulet_gguf.llama.model import Model
 
 
 _MAX_FAILURES = 5  # that are told one by one; all are in the output
@@ -113,7 +113,7 @@ def batch(
     if rpc is not None and address is not None:
         raise click.UsageError("--ray gives each worker a whole model, --rpc parts of one: choose")
     settings = settings_from(**options)
-    from amulet_gguf.records import read_input, read_records
+    from amulet_gguf.batch.records import read_input, read_records
 
     if input == "-":
         records = read_records(sys.stdin.buffer.read(), settings)
@@ -121,12 +121,12 @@ def batch(
         records = read_input(Path(input), settings)
 
     from amulet_gguf.amulet import Amulet, check_n_ctx
-    from amulet_gguf.batch import answers, result
+    from amulet_gguf.batch.cluster import ray_answers
+    from amulet_gguf.batch.journal import Journal
+    from amulet_gguf.batch.run import answers, result
     from amulet_gguf.cli.terminal import LateBar
-    from amulet_gguf.cluster import ray_answers
-    from amulet_gguf.journal import Journal
-    from amulet_gguf.llama import Model
-    from amulet_gguf.models import find_model
+    from amulet_gguf.llama.model import Model
+    from amulet_gguf.models.find import find_model
 
     check_n_ctx(n_ctx)
     with LateBar("Loading the model") as bar:
@@ -187,7 +187,7 @@ def batch(
 
 
 def _plan(model: Model, records: Sequence[Record], parallel: int | None, n_ctx: int | None) -> Plan:
-    from amulet_gguf.batch import plan_batch
+    from amulet_gguf.batch.run import plan_batch
     from amulet_gguf.cli.terminal import LateBar
 
     valid = [record for record in records if record.error is None]

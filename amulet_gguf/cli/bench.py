@@ -25,7 +25,7 @@ def bench(
     Times are medians over rounds in which every kind of step takes its turn, so that a machine that
     slows down slows all of them. On a noisy machine, trust the ratios.
     """
-    from amulet_gguf.benchmark import measure
+    from amulet_gguf.checks.benchmark import measure
     from amulet_gguf.cli.terminal import LateBar
 
     arguments = model_arguments(options)

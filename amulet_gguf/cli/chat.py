@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from amulet_gguf import sessions
 from amulet_gguf.cli.options import (
     loaded,
     model_arguments,
@@ -22,13 +21,14 @@ from amulet_gguf.cli.options import (
     sampling_options,
     settings_from,
 )
+from amulet_gguf.conversation import sessions
 from amulet_gguf.errors import AmuletError, PromptTooLongError, SettingError
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
-    from amulet_gguf.conversation import Conversation, Turn
+    from amulet_gguf.conversation.turns import Conversation, Turn
     from amulet_gguf.settings import Settings
 
 _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
@@ -74,7 +74,7 @@ def chat(
     n_sequences = max(_SEQUENCES if is_terminal else 1, 1 + len(settings.prefer))
     console = Console(highlight=False, markup=False, emoji=False)
     with loaded(n_sequences=n_sequences, **arguments) as amulet:
-        from amulet_gguf.conversation import Conversation
+        from amulet_gguf.conversation.turns import Conversation
 
         chat = Chat(Conversation(amulet, settings), console)
         if resume is not None:
@@ -336,7 +336,7 @@ class Chat:
         from prompt_toolkit.output import ColorDepth
 
         from amulet_gguf.cli import slash
-        from amulet_gguf.home import history_file
+        from amulet_gguf.home.paths import history_file
 
         class SlashCompleter(Completer):
             def get_completions(self, document: Document, _: CompleteEvent) -> Iterable[Completion]:

@@ -17,8 +17,8 @@ def doctor(as_json: bool) -> None:
 
     Ends with 1 if something does not work.
     """
+    from amulet_gguf.checks.diagnosis import Check, diagnose
     from amulet_gguf.cli.terminal import printable
-    from amulet_gguf.diagnosis import Check, diagnose
 
     checks: list[Check] = []
     for check in diagnose():

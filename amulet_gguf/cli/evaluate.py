@@ -118,7 +118,7 @@ def evaluate(
     from amulet_gguf.evaluation.run import Evaluation
     from amulet_gguf.evaluation.table import tabulate
     from amulet_gguf.evaluation.text_measures import MEASURES
-    from amulet_gguf.files import write_atomically
+    from amulet_gguf.home.files import write_atomically
     from amulet_gguf.preferences import Preference
 
     for preference in preferences:
@@ -179,7 +179,7 @@ def _about(evaluation: Evaluation, questions: Sequence[Path]) -> dict[str, str]:
     from importlib.metadata import version
 
     from amulet_gguf import __version__
-    from amulet_gguf.models import find_model
+    from amulet_gguf.models.find import find_model
 
     about = {
         "model": find_model(evaluation.model).name,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from amulet_gguf.generation import Piece
+    from amulet_gguf.engine.generation import Piece
 
 _SHADES = ("", "on grey23", "on #5c3d00", "on #8a5a00", "on #c47f00")
 
@@ -63,11 +63,11 @@ def explain(
 
     from rich.console import Console
 
-    from amulet_gguf import explained
+    from amulet_gguf.cli import explained
     from amulet_gguf.cli.slash import describe
     from amulet_gguf.cli.terminal import LateBar
-    from amulet_gguf.conversation import Conversation
-    from amulet_gguf.files import write_atomically
+    from amulet_gguf.conversation.turns import Conversation
+    from amulet_gguf.home.files import write_atomically
 
     with (
         loaded(n_sequences=1 + len(settings.prefer), **arguments) as amulet,
@@ -95,7 +95,7 @@ def show(console: Console, pieces: Sequence[Piece]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from amulet_gguf import explained
+    from amulet_gguf.cli import explained
     from amulet_gguf.cli.terminal import printable
 
     answer = Text()
@@ -128,7 +128,7 @@ def _marked(console: Console, piece: Piece) -> Any:
     """Return a token shaded or, where there are no colours, with its KL behind it."""
     from rich.text import Text
 
-    from amulet_gguf import explained
+    from amulet_gguf.cli import explained
     from amulet_gguf.cli.terminal import printable
 
     assert piece.explanation is not None

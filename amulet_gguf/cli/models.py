@@ -15,7 +15,7 @@ from amulet_gguf.cli.pull import pull
 from amulet_gguf.errors import AmuletError, ModelNotFoundError
 
 if TYPE_CHECKING:
-    from amulet_gguf.models import Installed
+    from amulet_gguf.models.find import Installed
 
 
 @click.group()
@@ -34,7 +34,7 @@ def list_models(as_json: bool) -> None:
     Models of the hub's cache, ollama and LM Studio are found too, and left alone.
     """
     from amulet_gguf.cli.terminal import Output
-    from amulet_gguf.models import installed
+    from amulet_gguf.models.find import installed
 
     used = _default()
     rows = [_row(model, used) for model in installed()]
@@ -74,9 +74,9 @@ def list_models(as_json: bool) -> None:
 def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     """Show what a model is, and the memory it will need."""
     from amulet_gguf.cli.terminal import Output, printable
-    from amulet_gguf.gguf import read_header
-    from amulet_gguf.memory import estimate, parts
-    from amulet_gguf.models import find_model
+    from amulet_gguf.llama.gguf import read_header
+    from amulet_gguf.llama.memory import estimate, parts
+    from amulet_gguf.models.find import find_model
 
     path = find_model(name)
     header = read_header(path)
@@ -142,10 +142,10 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def rm(name: str, yes: bool) -> None:
     """Delete a model that was pulled."""
-    from amulet_gguf.gguf import shown
-    from amulet_gguf.home import models_folder
-    from amulet_gguf.memory import parts
-    from amulet_gguf.models import find_model
+    from amulet_gguf.home.paths import models_folder
+    from amulet_gguf.llama.gguf import shown
+    from amulet_gguf.llama.memory import parts
+    from amulet_gguf.models.find import find_model
 
     path = find_model(name)
     folder = models_folder().resolve()
@@ -179,9 +179,9 @@ def rm(name: str, yes: bool) -> None:
 def default(name: str | None, clear: bool) -> None:
     """Show the model that is used without -m, or make NAME it."""
     from amulet_gguf.cli.terminal import Output
-    from amulet_gguf.config import set_model
-    from amulet_gguf.gguf import read_header
-    from amulet_gguf.models import find_model, installed
+    from amulet_gguf.home.config import set_model
+    from amulet_gguf.llama.gguf import read_header
+    from amulet_gguf.models.find import find_model, installed
 
     if clear:
         set_model(None)
@@ -197,7 +197,7 @@ def default(name: str | None, clear: bool) -> None:
 
 
 def _default() -> Path | None:
-    from amulet_gguf.models import find_model
+    from amulet_gguf.models.find import find_model
 
     try:
         return find_model()
@@ -206,8 +206,8 @@ def _default() -> Path | None:
 
 
 def _row(model: Installed, used: Path | None) -> dict[str, Any]:
-    from amulet_gguf.gguf import quantization_in, read_header
-    from amulet_gguf.memory import parts
+    from amulet_gguf.llama.gguf import quantization_in, read_header
+    from amulet_gguf.llama.memory import parts
 
     row: dict[str, Any] = {
         "name": model.name,

@@ -43,7 +43,7 @@ def _number(*names: str, kind: type = float, help: str, **more: Any) -> Callable
 
 def _apply_profile(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
     """Make a profile's values the defaults of the command: what is typed wins."""
-    from amulet_gguf.config import load_config
+    from amulet_gguf.home.config import load_config
 
     if context.resilient_parsing:  # a shell completes
         return
@@ -78,13 +78,13 @@ def _completes(
 
 
 def _profile_names() -> Iterable[str]:
-    from amulet_gguf.config import load_config
+    from amulet_gguf.home.config import load_config
 
     return load_config().profiles
 
 
 def _model_names() -> Iterable[str]:
-    from amulet_gguf.models import installed
+    from amulet_gguf.models.find import installed
 
     return [model.name for model in installed()]
 
@@ -252,7 +252,7 @@ def settings_from(
     if paper:
         if "strength" in given:
             raise click.UsageError(f"--strength and --{next(iter(paper))} both set the strength")
-        from amulet_gguf.realign import strength
+        from amulet_gguf.method.realign import strength
 
         given["strength"] = strength(**paper)  # type: ignore[arg-type]
     given["prefer"] = tuple(Preference.parse(text) for text in prefer)

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from amulet_gguf import config
 from amulet_gguf.cli.options import (
     complete_profiles,
     model_arguments,
@@ -18,7 +17,8 @@ from amulet_gguf.cli.options import (
     settings_from,
 )
 from amulet_gguf.errors import ConfigError
-from amulet_gguf.home import config_file
+from amulet_gguf.home import config
+from amulet_gguf.home.paths import config_file
 
 
 @click.group()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from amulet_gguf.catalogue import CATALOGUE
+from amulet_gguf.models.catalogue import CATALOGUE
 
 
 def _complete(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -29,8 +29,8 @@ def pull(name: str | None) -> None:
     if name is None:
         raise click.UsageError(f"name a model: OWNER/REPO, or one of {', '.join(CATALOGUE)}")
 
-    from amulet_gguf import hub
-    from amulet_gguf.home import models_folder
+    from amulet_gguf.home.paths import models_folder
+    from amulet_gguf.models import hub
 
     source = hub.parse_source(name)
     click.echo(f"looking for {source.repo}", err=True)

@@ -95,8 +95,8 @@ def serve(
             f"{error.name} is missing: pip install 'amulet-gguf[server]'"
         ) from None
     from amulet_gguf.cli.terminal import LateBar
-    from amulet_gguf.config import load_config
-    from amulet_gguf.service import AmuletService
+    from amulet_gguf.home.config import load_config
+    from amulet_gguf.service.service import AmuletService
 
     n_sequences = parallel * 2
     if len(settings.prefer) >= n_sequences:

@@ -13,7 +13,7 @@ from amulet_gguf.errors import AmuletError
 
 
 def _complete(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-    from amulet_gguf import sessions
+    from amulet_gguf.conversation import sessions
 
     return [CompletionItem(name) for name in sessions.names() if name.startswith(typed)]
 
@@ -27,7 +27,7 @@ def sessions() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON list.")
 def list_sessions(as_json: bool) -> None:
     """List saved conversations, the newest first."""
-    from amulet_gguf import sessions
+    from amulet_gguf.conversation import sessions
 
     rows: list[dict[str, Any]] = []
     for name in sessions.names():
@@ -72,7 +72,7 @@ def list_sessions(as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, shell_complete=_complete)
 def remove(names: tuple[str, ...]) -> None:
     """Delete saved conversations."""
-    from amulet_gguf import sessions
+    from amulet_gguf.conversation import sessions
 
     for name in names:
         sessions.remove(name)
@@ -84,8 +84,8 @@ def remove(names: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write JSON instead of Markdown.")
 def export(name: str, as_json: bool) -> None:
     """Write a conversation to stdout, as Markdown."""
-    from amulet_gguf import sessions
     from amulet_gguf.cli.slash import describe
+    from amulet_gguf.conversation import sessions
 
     session = sessions.load(name)
     if as_json:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from amulet_gguf import sessions
+from amulet_gguf.conversation import sessions
 from amulet_gguf.errors import AmuletError, SettingError
 from amulet_gguf.preferences import PRESETS, Preference
 from amulet_gguf.settings import RANGES, Settings

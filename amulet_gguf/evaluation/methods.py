@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from amulet_gguf.batch.records import Record, read_input
 from amulet_gguf.errors import BatchError, SettingError
 from amulet_gguf.preferences import as_preferences
-from amulet_gguf.records import Record, read_input
 from amulet_gguf.settings import Options, Settings
 
 #: Strength of Linear Alignment: 1 + the ratio of 2 that its reference implementation uses.

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from amulet_gguf.errors import SettingError
 from amulet_gguf.evaluation.table import ALL, Result
 from amulet_gguf.evaluation.text_measures import Measure
-from amulet_gguf.files import write_atomically
+from amulet_gguf.home.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

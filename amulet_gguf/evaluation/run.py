@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.batch import answers, plan_batch, result
+from amulet_gguf.batch.journal import Journal
+from amulet_gguf.batch.records import Record, digest
+from amulet_gguf.batch.run import answers, plan_batch, result
 from amulet_gguf.errors import BatchError, PromptTooLongError, SettingError
 from amulet_gguf.evaluation.methods import make_records
 from amulet_gguf.evaluation.scoring import Scorer
 from amulet_gguf.evaluation.table import Value
 from amulet_gguf.evaluation.text_measures import text_measures
-from amulet_gguf.journal import Journal
-from amulet_gguf.llama import Model
-from amulet_gguf.models import find_model
+from amulet_gguf.llama.model import Model
+from amulet_gguf.models.find import find_model
 from amulet_gguf.preferences import Preference
-from amulet_gguf.records import Record, digest
 from amulet_gguf.settings import Settings
 
 #: Called with what is being done, how much of it is done, and how much there is.

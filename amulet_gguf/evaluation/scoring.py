@@ -10,15 +10,15 @@ from typing import Final
 
 import numpy as np
 
-from amulet_gguf.adaptive import log_sum
-from amulet_gguf.context import Context
+from amulet_gguf.engine.generation import Tokens
 from amulet_gguf.errors import PromptTooLongError, SettingError
-from amulet_gguf.generation import Tokens
-from amulet_gguf.llama import Model
-from amulet_gguf.models import find_model
-from amulet_gguf.planning import Planner
-from amulet_gguf.prompting import conversation, with_preference
-from amulet_gguf.realign import Float64Array
+from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.model import Model
+from amulet_gguf.method.adaptive import log_sum
+from amulet_gguf.method.realign import Float64Array
+from amulet_gguf.models.find import find_model
+from amulet_gguf.prompts.planning import Planner
+from amulet_gguf.prompts.template import conversation, with_preference
 
 _N_PROMPTS: Final = 3  # prompts kept in the cache: answers come grouped by question and preference
 _BATCH: Final = 128

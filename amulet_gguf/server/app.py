@@ -22,17 +22,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
-from amulet_gguf.config import Config
+from amulet_gguf.engine.generation import Answer, Piece
 from amulet_gguf.errors import AmuletError
-from amulet_gguf.generation import Answer, Piece
+from amulet_gguf.home.config import Config
 from amulet_gguf.preferences import MAX_PREFERENCES, PRESETS, Preference
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.guard import Access, Guard
 from amulet_gguf.server.metrics import Metrics
 from amulet_gguf.server.replies import DONE, Reply, event
 from amulet_gguf.server.schema import MAX_ANSWERS, Adjustment, ChatRequest, CompletionRequest
-from amulet_gguf.service import AmuletService
-from amulet_gguf.service_stream import ServiceStream
+from amulet_gguf.service.service import AmuletService
+from amulet_gguf.service.stream import ServiceStream
 from amulet_gguf.settings import Settings
 
 #: The name of whatever model is served.

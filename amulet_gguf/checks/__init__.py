@@ -1,0 +1,1 @@
+"""Is it well, and how fast is it."""

@@ -1,0 +1,305 @@
+"""Measuring what a step costs: the parts of `amulet bench`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from amulet_gguf.amulet import Amulet
+from amulet_gguf.engine.engine import Engine
+from amulet_gguf.engine.generation import Mixture, Request
+from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.model import Model
+from amulet_gguf.method.realign import combine
+from amulet_gguf.method.sampling import Sampler
+from amulet_gguf.preferences import coefficients
+from amulet_gguf.settings import Settings
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+
+_DEPTH: Final = 128  # tokens in each sequence when the measured steps begin
+_PREFILL: Final = 512
+_LARGE_VOCAB: Final = 151_936  # Qwen's, among the largest in use
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Medians in milliseconds for two rows of V logits."""
+
+    n_vocab: int
+    combine_ms: float
+    combine_sample_ms: float
+    literal_update_ms: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Medians. Times of kernels are for the model's own vocabulary, `large` for one of 151,936.
+
+    Attributes:
+        plain_step_ms: `llama_decode` of one row.
+        raw_step_ms: `llama_decode` of two rows in two sequences, and nothing else.
+        aligned_step_ms: a whole step of the engine with one preference: two rows, combined, sampled
+            greedily, turned into text.
+        combine_ms: `combine` with plausibility 0.1.
+        combine_sample_ms: `combine` without mask, then temperature 0.8 and top-p 0.95.
+        literal_update_ms: the game's 60 iterations in numpy, float32.
+        prefill_tokens_per_s: of a prompt of 512 tokens (or what fits) in one sequence.
+        resident_bytes: of the process after a generation with one preference.
+        model_bytes, cache_bytes: of the file, and of the KV cache (float16, two sequences).
+    """
+
+    model: str
+    n_vocab: int
+    n_ctx: int
+    threads: int
+    rounds: int
+    plain_step_ms: float
+    raw_step_ms: float
+    aligned_step_ms: float
+    combine_ms: float
+    combine_sample_ms: float
+    literal_update_ms: float
+    prefill_tokens_per_s: float
+    resident_bytes: int
+    model_bytes: int
+    cache_bytes: int
+    large: KernelTimes
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return rows of name, median and ratio for people."""
+        overhead = self.resident_bytes - self.model_bytes - self.cache_bytes
+        own = KernelTimes(self.n_vocab, self.combine_ms, self.combine_sample_ms, self.literal_update_ms)
+        rows = [
+            ("plain step (one row)", f"{self.plain_step_ms:.2f} ms", ""),
+            (
+                "raw step (two rows, llama_decode alone)",
+                f"{self.raw_step_ms:.2f} ms",
+                f"{self.raw_step_ms / self.plain_step_ms:.2f} × plain",
+            ),
+            (
+                "aligned step (all of it)",
+                f"{self.aligned_step_ms:.2f} ms",
+                f"{self.aligned_step_ms / self.raw_step_ms:.3f} × raw, "
+                f"{self.aligned_step_ms / self.plain_step_ms:.2f} × plain",
+            ),
+        ]
+        for times in (own, self.large):
+            rows += [
+                (f"combine, V = {times.n_vocab:,}", f"{times.combine_ms:.3f} ms", ""),
+                (
+                    f"combine + top-p sampling, V = {times.n_vocab:,}",
+                    f"{times.combine_sample_ms:.3f} ms",
+                    "",
+                ),
+                (
+                    f"60 literal iterations, V = {times.n_vocab:,}",
+                    f"{times.literal_update_ms:.1f} ms",
+                    f"{times.literal_update_ms / times.combine_ms:.0f} × combine",
+                ),
+            ]
+        rows += [
+            ("prefill", f"{self.prefill_tokens_per_s:.0f} tokens/s", ""),
+            (
+                "memory",
+                f"{self.resident_bytes / 1e6:.0f} MB",
+                f"model {self.model_bytes / 1e6:.0f} + KV {self.cache_bytes / 1e6:.0f} "
+                f"+ {overhead / 1e6:.0f}",
+            ),
+        ]
+        return rows
+
+
+def measure(
+    amulet: Amulet, rounds: int, progress: Callable[[float, float], None] = lambda done, total: None
+) -> BenchResult:
+    """Measure with a loaded model.
+
+    Args:
+        amulet: with a context of at least 512 tokens.
+        rounds: measurements of each kind.
+        progress: called with the rounds done and in all.
+    """
+    model, engine = amulet.model, amulet.engine
+    amulet.generate("Hello", prefer="concise", max_tokens=8)
+    resident = psutil.Process().memory_info().rss
+
+    n_ctx = engine.n_ctx
+    with Context(model, n_ctx=n_ctx, n_sequences=3) as context:
+        steps = _Steps(model, engine, context)
+        times = []
+        for done in range(-2, rounds):  # the first two warm up
+            row = steps.plain(), steps.raw(), steps.aligned()
+            if done >= 0:
+                times.append(row)
+                progress(done + 1, rounds)
+        plain, raw, aligned = (_median_ms(series) for series in zip(*times, strict=True))
+        steps.close()
+        context.clear()
+        prefill = [_prefill(context, min(_PREFILL, n_ctx - 1)) for _ in range(3)]
+        threads = context.n_threads
+    own, large = (_kernels(n_vocab, rounds) for n_vocab in (model.n_vocab, _LARGE_VOCAB))
+    return BenchResult(
+        model=model.path.name,
+        n_vocab=model.n_vocab,
+        n_ctx=n_ctx,
+        threads=threads,
+        rounds=rounds,
+        plain_step_ms=plain,
+        raw_step_ms=raw,
+        aligned_step_ms=aligned,
+        combine_ms=own.combine_ms,
+        combine_sample_ms=own.combine_sample_ms,
+        literal_update_ms=own.literal_update_ms,
+        prefill_tokens_per_s=statistics.median(prefill),
+        resident_bytes=resident,
+        model_bytes=model.path.stat().st_size,
+        cache_bytes=model.cache_bytes(n_ctx, 2),
+        large=large,
+    )
+
+
+class _Steps:
+    """Steps of three kinds, all at the same depth of context."""
+
+    def __init__(self, model: Model, engine: Engine, context: Context) -> None:
+        self._engine = engine
+        self._context = context
+        self._tokens = _some_tokens(model, _DEPTH)
+        for sequence in range(3):
+            self._read(sequence)
+        self._generation = engine.submit(self._request())
+        while self._generation.n_tokens == 0:
+            engine.step()
+
+    def _read(self, sequence: int) -> None:
+        rest = self._tokens
+        while len(rest):
+            part = rest[: self._context.n_batch]
+            self._context.add(sequence, part, output=False)
+            self._context.decode()
+            rest = rest[len(part) :]
+
+    def _request(self) -> Request:
+        weights = coefficients([1.0], Settings().strength)
+        return Request(
+            [self._tokens, self._tokens[::-1].copy()],
+            Mixture(weights, (0.0, 1.0), 0.1),
+            Sampler(),
+            10**6,
+        )
+
+    def _decode(self, sequences: range) -> float:
+        for sequence in sequences:
+            if self._context.length(sequence) >= self._context.n_ctx:
+                self._context.free(sequence)
+                self._read(sequence)
+        for sequence in sequences:
+            self._context.add(sequence, self._tokens[:1], output=True)
+        begin = time.perf_counter()
+        self._context.decode()
+        return time.perf_counter() - begin
+
+    def plain(self) -> float:
+        return self._decode(range(2, 3))
+
+    def raw(self) -> float:
+        return self._decode(range(2))
+
+    def aligned(self) -> float:
+        if self._generation.is_finished:  # by an end of text, say
+            self._generation = self._engine.submit(self._request())
+            while self._generation.n_tokens == 0 and not self._generation.is_finished:
+                self._engine.step()
+        begin = time.perf_counter()
+        self._engine.step()
+        return time.perf_counter() - begin
+
+    def close(self) -> None:
+        self._engine.cancel(self._generation)
+
+
+def literal_update(base: Floats, preference: Floats, iterations: int = 60) -> Floats:
+    """Return the paper's update computed as it is written, for comparison.
+
+    Args:
+        base, preference: (V,) logits, whose precision it keeps.
+
+    Returns:
+        (V,) log-probabilities, unnormalized after the last round, with alpha = lambda = 2, eta = 10.
+    """
+    alpha, lam, eta = 2.0, 2.0, 10.0  # Python's numbers leave the arrays' precision as it is
+    r, p = log_softmax(base), log_softmax(preference)
+    policy = p
+    total = np.zeros_like(p)
+    for t in range(1, iterations + 1):
+        total += alpha * (policy - r)
+        inertia = 1 / (eta * t)
+        policy = log_softmax((lam * p + total / t + policy * inertia) / (lam + inertia))
+    return policy
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Return (V,) log-probabilities of (V,) logits, in their precision."""
+    shifted = logits - logits.max()
+    result: Floats = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def _kernels(n_vocab: int, rounds: int) -> KernelTimes:
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (2, n_vocab)).astype(np.float32)
+    logits[:, : n_vocab // 1000] += 10  # a nucleus, as language models have
+    weights = coefficients([1.0], Settings().strength)
+    out = np.empty(n_vocab, np.float32)
+    sampler = Sampler(temperature=0.8, top_p=0.95, seed=0)
+
+    def combine_and_sample() -> None:
+        combine(logits, weights, out=out)
+        sampler.sample(out)
+
+    def median(function: Callable[[], object], repeats: int) -> float:
+        function()
+        return _median_ms([_time(function) for _ in range(repeats)])
+
+    return KernelTimes(
+        n_vocab,
+        median(lambda: combine(logits, weights, 0.1, out=out), 10 * rounds),
+        median(combine_and_sample, 10 * rounds),
+        median(lambda: literal_update(logits[0], logits[1]), 5),
+    )
+
+
+def _time(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def _median_ms(seconds: Sequence[float]) -> float:
+    return statistics.median(seconds) * 1000
+
+
+def _prefill(context: Context, n_tokens: int) -> float:
+    """Return tokens per second of reading a prompt."""
+    context.clear()
+    rest = _some_tokens(context.model, n_tokens)
+    begin = time.perf_counter()
+    while len(rest):
+        part = rest[: context.n_batch]
+        rest = rest[len(part) :]
+        context.add(0, part, output=len(rest) == 0)
+        context.decode()
+    return n_tokens / (time.perf_counter() - begin)
+
+
+def _some_tokens(model: Model, n_tokens: int) -> np.typing.NDArray[np.int32]:
+    tokens = np.random.default_rng(0).integers(0, model.n_vocab, n_tokens)
+    return tokens.astype(np.int32)

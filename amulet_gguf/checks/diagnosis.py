@@ -1,0 +1,183 @@
+"""Checks of the machine and the installation, for `amulet doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Final, Literal
+
+import psutil
+
+from amulet_gguf.errors import AmuletError
+from amulet_gguf.home import paths as home
+
+_REBUILD: Final = "pip install --no-cache-dir --force-reinstall llama-cpp-python"
+_TOLERANCE: Final = 2e-5  # of log-probabilities in float32, against the game in float64
+_SECONDS: Final = 3.0  # of decoding, for the speed
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        status: "ok", "warning" (it works, but could be better) or "failed".
+        value: what was found.
+        cure: what to do about it, where it is not well.
+    """
+
+    name: str
+    status: Literal["ok", "warning", "failed"]
+    value: str
+    cure: str = ""
+
+
+def diagnose() -> Iterator[Check]:
+    """Yield all checks, the fast ones first. One that fails does not keep the others from running."""
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("versions", _versions),
+        ("processor", _processor),
+        ("offload", _offload),
+        ("threads", _threads),
+        ("memory", _memory),
+        ("configuration", _configuration),
+        ("data folder", _data_folder),
+        ("models", _models),
+        ("exactness", _exactness),
+        ("speed", _speed),
+    ]
+    for name, check in checks:
+        try:
+            yield check()
+        except AmuletError as error:  # noqa: PERF203
+            yield Check(name, "failed", str(error), "do as it says")
+        except Exception as error:  # a doctor who falls ill helps nobody
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            yield Check(
+                name, "failed", reason, "install again: pip install --force-reinstall amulet-gguf"
+            )
+
+
+def _versions() -> Check:
+    names = ("amulet-gguf", "llama-cpp-python", "numpy", "numba")
+    versions = [f"{name} {metadata.version(name)}" for name in names]
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return Check("versions", "ok", ", ".join([*versions, python]))
+
+
+def _processor() -> Check:
+    from amulet_gguf.llama.model import lib
+
+    info = lib.llama_print_system_info().decode("utf-8", "replace")
+    features = [part.split("=")[0].strip().split(":")[-1].strip() for part in info.split("|")]
+    features = [each for each in features if each]
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64") and "AVX2" not in features:
+        cure = f"build it for this machine: {_REBUILD}"
+        return Check("processor", "warning", f"without AVX2: {', '.join(features)}", cure)
+    return Check("processor", "ok", ", ".join(features))
+
+
+def _offload() -> Check:
+    from amulet_gguf.llama.model import can_offload
+
+    if can_offload():
+        return Check("offload", "ok", "llama.cpp can run layers on a GPU")
+    cure = f"with a GPU: CMAKE_ARGS=-DGGML_CUDA=on {_REBUILD} (or GGML_METAL, GGML_VULKAN)"
+    return Check("offload", "warning", "llama.cpp was built for the CPU alone", cure)
+
+
+def _threads() -> Check:
+    from amulet_gguf.llama.context import default_threads
+
+    threads = default_threads()
+    spin = os.environ.get("GOMP_SPINCOUNT", "")
+    value = f"{threads} of {os.cpu_count()} logical processors, spin count {spin or 'not set'}"
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "active" or spin.lower() == "infinity":
+        cure = "unset OMP_WAIT_POLICY and GOMP_SPINCOUNT: two programs at once would block each other"
+        return Check("threads", "warning", value, cure)
+    return Check("threads", "ok", value)
+
+
+def _memory() -> Check:
+    memory = psutil.virtual_memory()
+    value = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    if memory.available < 1e9:
+        return Check("memory", "warning", value, "close other programs, or use a smaller model")
+    return Check("memory", "ok", value)
+
+
+def _configuration() -> Check:
+    from amulet_gguf.home.config import load_config
+
+    config = load_config()
+    value = f"{config.path}, {len(config.profiles)} profiles"
+    return Check("configuration", "ok", value if config.path.exists() else f"{config.path} (none yet)")
+
+
+def _data_folder() -> Check:
+    folder = home.data_folder()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if os.access(existing, os.W_OK):
+        return Check("data folder", "ok", str(folder))
+    cure = "set AMULET_HOME to a folder that can be written"
+    return Check("data folder", "failed", f"{folder} cannot be written", cure)
+
+
+def _models() -> Check:
+    from amulet_gguf.models.find import find_model, installed
+
+    models = installed()
+    value = f"{len(models)} found, default {find_model()}"
+    return Check("models", "ok", value)
+
+
+def _exactness() -> Check:
+    """Play the game for all its rounds in float64 and compare."""
+    import numpy as np
+
+    from amulet_gguf.checks.benchmark import literal_update, log_softmax
+    from amulet_gguf.method.realign import combine, strength
+
+    n_vocab = 4096
+    rng = np.random.default_rng(0)
+    logits = (3 * rng.normal(size=(2, n_vocab))).astype(np.float32)
+    s = strength()
+    found = log_softmax(combine(logits, (1 - s, s)).astype(np.float64))
+    expected = literal_update(*logits.astype(np.float64))
+    error = float(np.max(np.abs(found - expected) / np.maximum(1, np.abs(expected))))
+    value = f"kernel against 60 rounds of the game, V = {n_vocab}: off by {error:.1e}"
+    if not error < _TOLERANCE:
+        cure = "report it, with the output of amulet doctor --json; empty Numba's cache meanwhile"
+        return Check("exactness", "failed", value, cure)
+    return Check("exactness", "ok", value)
+
+
+def _speed() -> Check:
+    from amulet_gguf.amulet import Amulet
+    from amulet_gguf.models.find import find_model
+
+    begin = time.perf_counter()
+    path: Path = find_model()
+    with Amulet.load(path, n_ctx=512) as amulet:
+        loaded = time.perf_counter() - begin
+        rates = []
+        for prefer in (None, "concise"):
+            deadline = time.perf_counter() + _SECONDS / 2
+            with amulet.stream("Tell a story.", prefer=prefer, max_tokens=200) as stream:
+                for _ in stream:
+                    if time.perf_counter() > deadline:
+                        stream.cancel()
+                rates.append(stream.timings.tokens_per_second)
+    value = (
+        f"{path.name}: loaded in {loaded:.1f} s; {rates[0]:.0f} tokens/s plain, {rates[1]:.0f} realigned"
+    )
+    if rates[0] < 2:
+        return Check("speed", "warning", value, "use a smaller model or quantization, or a GPU")
+    return Check("speed", "ok", value)

@@ -1,0 +1,1 @@
+"""The step: all live generations in one decode."""

@@ -1,0 +1,397 @@
+"""One generation: its prompts being read, its tokens being chosen, and the pieces that come of it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from amulet_gguf.engine.text import TextAssembler
+from amulet_gguf.method.adaptive import Adapt, adapted, withhold
+from amulet_gguf.method.explanation import Explanation, explain
+from amulet_gguf.method.realign import Float32Array, argmax, combine_unchecked, log_plausibility
+from amulet_gguf.method.sampling import Sampler
+
+Tokens = npt.NDArray[np.int32]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+# Sharing a prefix costs a copy of a whole sequence's cache; below this it is read per branch instead.
+_MIN_SHARED: Final = 16
+
+
+class Vocabulary(Protocol):
+    """What the engine needs of `amulet_gguf.llama.model.Model`."""
+
+    @property
+    def n_vocab(self) -> int: ...
+    def token_bytes(self, token: int) -> bytes: ...
+    def ends_generation(self, token: int) -> bool: ...
+
+
+class Context(Protocol):
+    """What the engine needs of `amulet_gguf.llama.context.Context`."""
+
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def n_sequences(self) -> int: ...
+    @property
+    def room(self) -> int: ...
+    def length(self, sequence: int) -> int: ...
+    def add(self, sequence: int, tokens: Tokens, *, output: bool) -> None: ...
+    def decode(self) -> Float32Array: ...
+    @property
+    def can_truncate(self) -> bool: ...
+    def copy(self, source: int, target: int) -> None: ...
+    def truncate(self, sequence: int, length: int) -> None: ...
+    def save(self, sequence: int) -> bytes: ...
+    def restore(self, sequence: int, data: bytes, length: int) -> None: ...
+    def free(self, sequence: int) -> None: ...
+    def clear(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to an answer.
+
+    Attributes:
+        text: text that is now certain; may be empty, for characters and stop strings under way.
+        token: the token's id; None where the answer ended without one.
+        changed: realignment put another token first here than ordinary prompting does.
+        finish_reason: set on the last piece: "stop" (end of text, or a stop string), "length"
+            (max_tokens or the context is used up), "cancelled".
+        explanation: what realignment did here, where the request asked for it.
+    """
+
+    text: str
+    token: int | None = None
+    changed: bool = False
+    finish_reason: FinishReason | None = None
+    explanation: Explanation | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of tokens.
+
+    Attributes:
+        prompt_tokens: of the longest branch.
+        prefill_tokens: read before the answer, over all branches, a shared prefix counted once.
+        completion_tokens: of the answer.
+    """
+
+    prompt_tokens: int
+    prefill_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one generation, in seconds.
+
+    Attributes:
+        queue: from the request to the first step made for it.
+        prefill: from there to the first token.
+        decode: from the first token to the end.
+        tokens_per_second: of decode, the first token left out; 0 where there is only one.
+    """
+
+    queue: float
+    prefill: float
+    decode: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: all of it.
+        finish_reason: see `Piece`.
+        usage, timings: what it took.
+        pieces: the steps it was made of.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    pieces: Sequence[Piece]
+
+
+class Mixture:
+    """How the logits of B branches become one distribution.
+
+    Attributes:
+        coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`).
+        reference: (B,) of the reference distribution, summing to 1; judges plausibility and `changed`.
+        margin: of plausibility, in nats.
+        adapt: how far each token goes from `anchor` to `coefficients`.
+        anchor: (B,) coefficients without extrapolation; needed unless adapt is "none".
+        withheld: tokens that are not amplified.
+    """
+
+    def __init__(
+        self,
+        coefficients: Sequence[float],
+        reference: Sequence[float],
+        plausibility: float = 0.0,
+        *,
+        adapt: Adapt = "none",
+        anchor: Sequence[float] = (),
+        withheld: Tokens | None = None,
+    ) -> None:
+        self.coefficients = np.array(coefficients, np.float64)
+        self.reference = np.array(reference, np.float64)
+        self.margin = log_plausibility(plausibility)
+        self.adapt = adapt
+        self.anchor = np.array(anchor, np.float64)
+        self.withheld = withheld
+
+    def combine(self, logits: Float32Array, out: Float32Array) -> int:
+        """Combine (B, V) logits into `out` (V,); return the best token of ordinary prompting."""
+        coefficients = adapted(logits, self.coefficients, self.anchor, self.reference, self.adapt)
+        prompted = combine_unchecked(logits, coefficients, self.margin, self.reference, out)
+        if self.withheld is not None:
+            withhold(logits, coefficients, self.reference, self.withheld, out)
+        return prompted
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation to run.
+
+    Attributes:
+        branches: prompt of each branch, (n,) int32 with n >= 1.
+        mixture: of the branches.
+        sampler: chooses the tokens; belongs to this generation alone.
+        max_tokens: length of the answer at most, >= 1.
+        stop: stop strings, none of them empty.
+        reuse: begin from what sequences hold of the prompts already, and leave there what this one
+            read and wrote. The answer can differ in near ties: sums are in another order.
+        n_alternatives: explain each token with so many of each distribution's best; 0: do not.
+    """
+
+    branches: Sequence[Tokens]
+    mixture: Mixture
+    sampler: Sampler
+    max_tokens: int
+    stop: Sequence[str] = ()
+    reuse: bool = False
+    n_alternatives: int = 0
+
+
+class Generation:
+    """A request on its way through the engine.
+
+    Attributes:
+        request: what was asked for.
+        mixture: of the next token; may be replaced by one of as many branches at any time.
+        pieces: what was produced and not yet taken.
+        finish_reason: None while it runs or if it failed.
+        error: why it failed, or None.
+        n_prompt: tokens of its longest prompt.
+        n_prefill: tokens to read before the first token, shared prefixes once.
+        n_read: how many of them have been read.
+        submitted_at, started_at, first_token_at, finished_at: seconds of `time.perf_counter`.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.mixture = request.mixture
+        self.pieces: deque[Piece] = deque()
+        self.finish_reason: FinishReason | None = None
+        self.error: BaseException | None = None
+        self.n_prompt = max(map(len, request.branches))
+        self.n_read = 0
+        self.submitted_at = time.perf_counter()
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
+
+        self._written: list[int] = []
+        self._text = TextAssembler(request.stop)
+        self.first_sequence = -1  # its branches are neighbours from here on
+        self.n_shared = _shared_prefix(request.branches)  # left to read in the first branch alone
+        self._is_split = self.n_shared == 0
+        # What each branch has yet to read. A generation that is writing has one token in each.
+        self.pending = list(request.branches)
+        self.n_prefill = sum(map(len, self.pending)) - (self.n_branches - 1) * self.n_shared
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written."""
+        return len(self._written)
+
+    @property
+    def n_branches(self) -> int:
+        return len(self.request.branches)
+
+    @property
+    def sequences(self) -> range:
+        return range(self.first_sequence, self.first_sequence + self.n_branches)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finished_at is not None
+
+    def holding(self, branch: int, length: int) -> Tokens:
+        """Return the first `length` tokens of a branch: its prompt and what was written."""
+        return np.concatenate([self.request.branches[branch], np.array(self._written, np.int32)])[
+            :length
+        ]
+
+    def skip(self, n: int) -> None:
+        """Leave out n tokens of the shared prefix, or of the only prompt: its sequence holds them."""
+        self.pending[0] = self.pending[0][n:]
+        self.n_prefill -= n
+        if self.n_shared:
+            self.n_shared -= n
+            self._strip_shared()
+
+    def skip_each(self, counts: Sequence[int]) -> None:
+        """Leave out so many tokens of each branch: their sequences hold them. Nothing is shared."""
+        self.pending = [tokens[n:] for tokens, n in zip(self.pending, counts, strict=True)]
+        self.n_prefill = sum(map(len, self.pending))
+        self.n_shared = 0
+        self._is_split = True
+
+    def _strip_shared(self) -> None:
+        if self.n_shared == 0:  # the other branches will get what the first has read
+            read = self.request.branches[0].size - self.pending[0].size
+            self.pending[1:] = [tokens[read:] for tokens in self.pending[1:]]
+
+    def split(self, context: Context) -> None:
+        """Give the prefix that was read once to all branches, when it has been read."""
+        if not self._is_split and self.n_shared == 0:
+            for sequence in self.sequences[1:]:
+                context.copy(self.first_sequence, sequence)
+            self._is_split = True
+
+    def plan(self, budget: int) -> list[int]:
+        """Return how many tokens each branch is to read within a budget of rows.
+
+        Either all branches come to their ends together, and there will be logits to sample from, or
+        every branch keeps a token for a later step.
+        """
+        if self.n_shared:
+            return [min(self.n_shared, budget)] + [0] * (self.n_branches - 1)
+        sizes = [len(tokens) for tokens in self.pending]
+        if sum(sizes) <= budget:
+            return sizes
+        takes = []
+        for size in sizes:
+            takes.append(min(size - 1, budget))
+            budget -= takes[-1]
+        return takes
+
+    def add_rows(self, context: Context, takes: list[int]) -> bool:
+        """Add what was planned to the batch; return whether logits will come of it."""
+        ready = takes == [len(tokens) for tokens in self.pending]
+        for branch, take in enumerate(takes):
+            if take:
+                tokens = self.pending[branch]
+                context.add(self.first_sequence + branch, tokens[:take], output=ready)
+                self.pending[branch] = tokens[take:]
+        if self.n_shared:
+            self.n_shared -= takes[0]
+            self._strip_shared()
+        if self.n_tokens == 0:
+            self.n_read += sum(takes)
+        return ready
+
+    def advance(self, logits: Float32Array, row: Float32Array, vocabulary: Vocabulary) -> None:
+        """Choose the next token from the branches' logits.
+
+        Args:
+            logits: (B, V) of the branches.
+            row: (V,) work space.
+        """
+        mixture = self.mixture  # once: another thread may replace it
+        prompted = mixture.combine(logits, row)
+        changed = int(argmax(row)) != prompted  # before penalties and chance have their say
+        n_alternatives = self.request.n_alternatives
+        combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
+        token = self.request.sampler.sample(row)
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        if vocabulary.ends_generation(token):
+            self.finish("stop")
+            return
+        explanation = None
+        if n_alternatives:
+            explanation = explain(
+                logits, mixture.reference, combined, token, vocabulary.token_bytes, n_alternatives
+            )
+        self._written.append(token)
+        self.pending = [np.array([token], np.int32)] * self.n_branches
+        text = self._text.push(vocabulary.token_bytes(token))
+        if self._text.stopped:
+            self.finish("stop", text, token, changed, explanation)
+        elif self.n_tokens >= self.request.max_tokens:
+            self.finish("length", text, token, changed, explanation)
+        else:
+            self.pieces.append(Piece(text, token, changed, None, explanation))
+
+    def finish(
+        self,
+        reason: FinishReason,
+        text: str = "",
+        token: int | None = None,
+        changed: bool = False,
+        explanation: Explanation | None = None,
+    ) -> None:
+        """End with a last piece, which carries all text that was held back."""
+        if not self.is_finished:
+            text += self._text.push(b"", final=True)
+            self.pieces.append(Piece(text, token, changed, reason, explanation))
+            self.finish_reason = reason
+            self.finished_at = time.perf_counter()
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, which is raised after the pieces produced so far."""
+        if not self.is_finished:
+            self.error = error
+            self.finished_at = time.perf_counter()
+
+    @property
+    def usage(self) -> Usage:
+        """So far."""
+        return Usage(self.n_prompt, self.n_read, self.n_tokens)
+
+    @property
+    def timings(self) -> Timings:
+        """So far."""
+        started = self.started_at or self.submitted_at
+        first = self.first_token_at or self.finished_at or started
+        decode = (self.finished_at or first) - first
+        rate = (self.n_tokens - 1) / decode if decode > 0 and self.n_tokens > 1 else 0.0
+        return Timings(started - self.submitted_at, first - started, decode, rate)
+
+    def answer(self, pieces: Sequence[Piece]) -> Answer:
+        """Return the answer that all of its pieces make."""
+        reason = pieces[-1].finish_reason if pieces else None
+        text = "".join(piece.text for piece in pieces)
+        return Answer(text, reason or "cancelled", self.usage, self.timings, pieces)
+
+
+def _shared_prefix(branches: Sequence[Tokens]) -> int:
+    """Return how many leading tokens to read once for all branches; each keeps one of its own."""
+    if len(branches) == 1:
+        return 0
+    shared = min(common_prefix(branches[0][:-1], branch[:-1]) for branch in branches[1:])
+    return shared if shared >= _MIN_SHARED else 0
+
+
+def common_prefix(first: Tokens, second: Tokens) -> int:
+    """Return how many leading tokens two sequences have in common."""
+    size = min(len(first), len(second))
+    same = first[:size] == second[:size]
+    return size if same.all() else int(same.argmin())

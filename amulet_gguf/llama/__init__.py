@@ -1,0 +1,1 @@
+"""llama.cpp and its files, made safe."""

@@ -1,0 +1,371 @@
+"""Sequences of a model side by side in one context of llama.cpp: rows in, logits out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import weakref
+
+import numpy as np
+import psutil
+
+from amulet_gguf.errors import ClosedError, EngineError, SettingError
+from amulet_gguf.llama.model import Model, Tokens, because, can_offload, lib, recent_errors
+from amulet_gguf.method.realign import Float32Array
+
+
+def default_threads() -> int:
+    """Return the number of physical cores this process may use."""
+    physical: int = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        physical = min(physical, len(os.sched_getaffinity(0)))
+    return max(1, physical)
+
+
+def max_sequences() -> int:
+    """Return how many sequences llama.cpp can hold in one context."""
+    return int(lib.llama_max_parallel_sequences())
+
+
+class Context:
+    """Sequences of one model side by side: rows are added, then decoded together.
+
+    Each sequence has a KV cache of its own, so that it reads the same whatever its neighbours hold.
+    Not safe for use by two threads at once.
+
+    Attributes:
+        n_ctx: tokens each sequence holds (what was asked, rounded up to a multiple of 256).
+        n_sequences: how many there are; they are numbered from 0.
+        n_batch: rows one `decode` takes at most.
+        n_threads: CPU threads of one `decode`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        n_ctx: int,
+        n_sequences: int,
+        n_batch: int | None = None,
+        n_threads: int | None = None,
+        n_outputs: int | None = None,
+    ) -> None:
+        """Reserve the memory: KV cache of n_ctx * n_sequences tokens, and work space.
+
+        Args:
+            model: must stay open for as long as the context.
+            n_ctx: tokens per sequence, at least 1.
+            n_sequences: from 1 to `max_sequences()`.
+            n_batch: rows per decode, at least n_sequences. None: 512 on a GPU, else 128, with which a
+                CPU is as fast, needs less memory, and answers to an interruption sooner.
+            n_threads: None: `default_threads()`.
+            n_outputs: rows of logits that one decode can give; each takes V * 4 bytes. None: one per
+                sequence.
+
+        Raises:
+            SettingError: an argument out of range.
+            EngineError: the memory could not be had.
+        """
+        if n_batch is None:
+            n_batch = max(n_sequences, 512 if model.n_gpu_layers and can_offload() else 128)
+        if n_ctx < 1:
+            raise SettingError(f"n_ctx must be at least 1, got {n_ctx}")
+        if not 1 <= n_sequences <= max_sequences():
+            raise SettingError(f"n_sequences must be from 1 to {max_sequences()}, got {n_sequences}")
+        if not n_sequences <= n_batch < 2**31:
+            raise SettingError(f"n_batch must be from {n_sequences} to {2**31 - 1}, got {n_batch}")
+        n_outputs = n_sequences if n_outputs is None else n_outputs
+        if not n_sequences <= n_outputs <= n_batch:
+            raise SettingError(f"n_outputs must be from {n_sequences} to {n_batch}, got {n_outputs}")
+        self.n_threads = default_threads() if n_threads is None else n_threads
+        if not 1 <= self.n_threads <= 1024:
+            raise SettingError(f"n_threads must be from 1 to 1024, got {n_threads}")
+        # Not unified, a context divides its cells by its sequences; ggml wants multiples of 256.
+        n_ctx = -(-n_ctx // 256) * 256
+        if n_ctx * n_sequences >= 2**31:
+            raise SettingError(
+                f"a context of {n_ctx} tokens for {n_sequences} sequences is too large: lower n_ctx"
+            )
+
+        _check_memory(model, n_ctx, n_sequences)
+
+        parameters = lib.llama_context_default_params()
+        parameters.n_ctx = n_ctx * n_sequences
+        parameters.n_batch = parameters.n_ubatch = n_batch
+        parameters.n_seq_max = n_sequences
+        parameters.n_outputs_max = n_outputs
+        parameters.n_threads = parameters.n_threads_batch = self.n_threads
+        parameters.kv_unified = False
+        if not (model.n_gpu_layers and can_offload()):
+            # On a CPU, reading at 2,000 tokens of context is 1.2 to 1.7 times as fast without.
+            parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.model = model
+        recent_errors.clear()
+        self._context = lib.llama_init_from_model(model.handle, parameters)
+        if not self._context:
+            raise EngineError(
+                f"llama.cpp could not make a context of {n_sequences} x {n_ctx} tokens"
+                f"{because()}: lower n_ctx or the number of preferences"
+            )
+        self._finalizer = weakref.finalize(self, lib.llama_free, self._context)
+        self._memory = lib.llama_get_memory(self._context)
+        self.n_ctx = int(lib.llama_n_ctx_seq(self._context))
+        self.n_sequences = n_sequences
+        self.n_batch = int(lib.llama_n_batch(self._context))
+        self._max_outputs = n_outputs
+        self._lengths = [0] * n_sequences
+
+        # llama.cpp reads the batch from these arrays; filling them by slices costs microseconds.
+        self._tokens = np.zeros(self.n_batch, np.int32)
+        self._positions = np.zeros(self.n_batch, np.int32)
+        self._sequences = np.zeros(self.n_batch, np.int32)
+        self._outputs = np.zeros(self.n_batch, np.int8)
+        self._ones = np.ones(self.n_batch, np.int32)
+        start = self._sequences.ctypes.data
+        self._sequence_pointers = np.arange(start, start + 4 * self.n_batch, 4, dtype=np.uintp)
+        self._batch = lib.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(lib.llama_token)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(lib.llama_pos)),
+            n_seq_id=self._ones.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._sequence_pointers.ctypes.data_as(
+                ctypes.POINTER(ctypes.POINTER(lib.llama_seq_id))
+            ),
+            logits=self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        self._n_rows = 0
+        self._n_outputs = 0
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory; logits returned before are gone."""
+        self._finalizer()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise ClosedError("the context is closed: load the model again")
+        self.model.handle  # noqa: B018
+
+    @property
+    def room(self) -> int:
+        """Rows that can still be added before `decode`."""
+        return self.n_batch - self._n_rows
+
+    def length(self, sequence: int) -> int:
+        """Return how many tokens a sequence holds, rows added but not yet decoded included."""
+        return self._lengths[sequence]
+
+    def add(self, sequence: int, tokens: Tokens, *, output: bool, n_outputs: int = 1) -> None:
+        """Append tokens to a sequence in the next `decode`.
+
+        Sequences of one batch must be added in ascending order, each at most once: llama.cpp reads
+        the weights once for rows of neighbouring ascending sequences, and again after any gap.
+
+        Args:
+            sequence: its number.
+            tokens: (n,) int32, n >= 1.
+            output: ask for the logits after the last of them,
+            n_outputs: or after so many of the last.
+
+        Raises:
+            EngineError: no such sequence or token, or no room for them.
+        """
+        self._check_open()
+        n = len(tokens)
+        start = self._n_rows
+        if not 0 <= sequence < self.n_sequences:
+            raise EngineError(f"no sequence {sequence}: there are {self.n_sequences}")
+        if start and self._sequences[start - 1] >= sequence:
+            raise EngineError(f"sequence {sequence} was added after {self._sequences[start - 1]}")
+        if not 1 <= n <= self.room:
+            raise EngineError(f"{n} rows do not fit: {self.room} of {self.n_batch} are left")
+        position = self._lengths[sequence]
+        if position + n > self.n_ctx:
+            raise EngineError(f"{position} + {n} tokens do not fit into a context of {self.n_ctx}")
+        if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
+            raise EngineError(f"a token lies outside the vocabulary of {self.model.n_vocab}")
+        asked = min(n, n_outputs) if output else 0
+        if self._n_outputs + asked > self._max_outputs:
+            raise EngineError(f"logits of {self._n_outputs + asked} rows: {self._max_outputs} are made")
+        rows = slice(start, start + n)
+        self._tokens[rows] = tokens
+        self._positions[rows] = np.arange(position, position + n)
+        self._sequences[rows] = sequence
+        self._outputs[rows] = 0
+        self._outputs[start + n - asked : start + n] = 1
+        self._lengths[sequence] = position + n
+        self._n_rows += n
+        self._n_outputs += asked
+
+    def decode(self) -> Float32Array:
+        """Run all added rows through the model in one pass.
+
+        Returns:
+            (outputs, V) float32 logits, in the order in which outputs were asked for. A view of
+            llama.cpp's memory, valid until the next `decode` or `close`.
+
+        Raises:
+            EngineError: llama.cpp failed; the sequences of the batch are freed.
+        """
+        self._check_open()
+        n_rows, n_outputs = self._n_rows, self._n_outputs
+        if n_rows == 0:
+            raise EngineError("there are no rows to decode")
+        self._n_rows = self._n_outputs = 0
+        self._batch.n_tokens = n_rows
+        recent_errors.clear()
+        code = lib.llama_decode(self._context, self._batch)
+        if code != 0:
+            for sequence in np.unique(self._sequences[:n_rows]).tolist():
+                self.free(sequence)
+            reason = "it found no room in the KV cache" if code == 1 else f"code {code}"
+            raise EngineError(f"llama.cpp could not decode {n_rows} rows ({reason}{because()})")
+        shape = (n_outputs, self.model.n_vocab)
+        if n_outputs == 0:
+            return np.empty(shape, np.float32)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` hold what `source` holds. The data moves at the next `decode`.
+
+        Raises:
+            EngineError: no such sequence, or rows of one wait for `decode`.
+        """
+        self._check_open()
+        if not (0 <= source < self.n_sequences and 0 <= target < self.n_sequences):
+            raise EngineError(f"no sequence {source} or {target}: there are {self.n_sequences}")
+        if self._n_rows:
+            raise EngineError("rows wait to be decoded: copy sequences before adding rows")
+        if source != target:
+            self.free(target)
+            # Only whole sequences: without a unified cache, llama.cpp aborts on a part of one.
+            lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            self._lengths[target] = self._lengths[source]
+
+    @property
+    def can_truncate(self) -> bool:
+        """Whether a sequence can be cut short: not those that a state stands for, not their tokens."""
+        model = self.model.handle
+        return not (lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model))
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a sequence.
+
+        Raises:
+            EngineError: no such sequence or length, rows wait for `decode`, or the model cannot.
+        """
+        self._check_open()
+        if not 0 <= sequence < self.n_sequences or not 0 <= length <= self._lengths[sequence]:
+            raise EngineError(f"sequence {sequence} does not hold {length} tokens")
+        if self._n_rows:
+            raise EngineError("rows wait to be decoded: cut sequences before adding rows")
+        if length == self._lengths[sequence]:
+            return
+        if length > 0 and not (
+            self.can_truncate and lib.llama_memory_seq_rm(self._memory, sequence, length, -1)
+        ):
+            raise EngineError("the model's memory cannot be cut: free the sequence and read it again")
+        if length == 0:
+            self.free(sequence)
+        self._lengths[sequence] = length
+
+    def save(self, sequence: int) -> bytes:
+        """Return the memory of a sequence, for `restore` of a context of the same model.
+
+        Raises:
+            EngineError: no such sequence, or rows wait for `decode`.
+        """
+        self._check_open()
+        if not 0 <= sequence < self.n_sequences or self._n_rows:
+            raise EngineError(f"sequence {sequence} cannot be saved now")
+        size = lib.llama_state_seq_get_size(self._context, sequence)
+        data = np.empty(size, np.uint8)
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = lib.llama_state_seq_get_data(self._context, pointer, size, sequence)
+        if written != size:
+            raise EngineError(f"llama.cpp saved {written} of {size} bytes of a sequence")
+        return data.tobytes()
+
+    def restore(self, sequence: int, data: bytes, length: int) -> None:
+        """Make a sequence hold what was saved; `length` is how many tokens that is.
+
+        llama.cpp ends the process on damaged data: check where it comes from.
+
+        Raises:
+            EngineError: no such sequence, rows wait for `decode`, or the data do not fit.
+        """
+        self._check_open()
+        if not 0 <= sequence < self.n_sequences or self._n_rows:
+            raise EngineError(f"sequence {sequence} cannot be restored now")
+        if length > self.n_ctx:
+            raise EngineError(f"{length} tokens do not fit into a context of {self.n_ctx}")
+        self.free(sequence)
+        model = self.model.handle
+        if self.can_truncate and lib.llama_model_n_swa(model) == 0:
+            data = _fit_streams(data, length, self.n_sequences)
+        array = np.frombuffer(data, np.uint8)
+        pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        read = lib.llama_state_seq_set_data(self._context, pointer, len(data), sequence)
+        end = lib.llama_memory_seq_pos_max(self._memory, sequence)
+        if read == 0 or end + 1 != length:
+            self.free(sequence)
+            raise EngineError(f"llama.cpp could not restore {length} tokens of a saved conversation")
+        self._lengths[sequence] = length
+
+    def free(self, sequence: int) -> None:
+        """Empty a sequence."""
+        self._check_open()
+        if not 0 <= sequence < self.n_sequences:  # llama.cpp aborts, or for -1 frees all of them
+            raise EngineError(f"no sequence {sequence}: there are {self.n_sequences}")
+        if sequence in self._sequences[: self._n_rows]:
+            raise EngineError(f"rows of sequence {sequence} wait to be decoded: decode or clear first")
+        lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        self._lengths[sequence] = 0
+
+    def clear(self) -> None:
+        """Empty all sequences and forget rows that were added."""
+        self._check_open()
+        lib.llama_memory_clear(self._memory, True)
+        self._lengths = [0] * self.n_sequences
+        self._n_rows = self._n_outputs = 0
+
+
+def _fit_streams(data: bytes, n_cells: int, n_streams: int) -> bytes:
+    """Return the saved memory of a sequence for a context of another number of sequences.
+
+    After two words of its own, llama.cpp writes the number of streams, then for each the count of its
+    cells, which is 0 but for the one that holds the sequence, and the cells behind it. It refuses to
+    read another number.
+    """
+    try:
+        (before,) = struct.unpack_from("<I", data, 8)
+        start = 12
+        while struct.unpack_from("<I", data, start) == (0,):
+            start += 4
+        end = len(data) - 4 * (before - 1 - (start - 12) // 4)
+        is_known = struct.unpack_from("<I", data, start) == (n_cells,) and not any(data[end:])
+    except struct.error:
+        is_known = False
+    if not is_known:
+        raise EngineError("the saved memory of the conversation is of an unknown form")
+    return data[:8] + struct.pack("<I", n_streams) + data[start:end] + bytes(4 * (n_streams - 1))
+
+
+def _check_memory(model: Model, n_ctx: int, n_sequences: int) -> None:
+    """Refuse a cache that the machine cannot hold: the system might end the process instead."""
+    if can_offload() and model.n_gpu_layers:
+        return  # it goes to the GPU, and llama.cpp tells when there is no room
+    needed = model.cache_bytes(n_ctx, n_sequences)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise EngineError(
+            f"the cache of {n_sequences} x {n_ctx} tokens needs {needed / 1e9:.1f} GB and "
+            f"{available / 1e9:.1f} GB of memory are free: lower n_ctx or the number of preferences"
+        )

@@ -1,0 +1,315 @@
+"""llama.cpp made safe: loading it, and a model's weights and vocabulary.
+
+llama.cpp answers some mistakes by ending the process. Everything here that could lead to one is
+checked in Python first and raised as an error of `amulet_gguf.errors`. One thing is known to be left:
+a file whose metadata contradict themselves (two tokens spelled alike, no layers) passes for a model
+until an assertion of llama.cpp's loader ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from amulet_gguf.errors import (
+    ClosedError,
+    EngineError,
+    ModelFormatError,
+    SettingError,
+)
+from amulet_gguf.llama.gguf import Header, check_magic, read_header
+from amulet_gguf.llama.memory import cache_bytes
+from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
+
+# Both are read when the libraries load. Spinning OpenMP barriers make two processes that share the
+# cores a hundred times slower; a thousand spins keep a lone process as fast. And without the second,
+# a failed assertion inside ggml would start a debugger before it ends the process.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+
+from llama_cpp import llama_cpp
+
+lib = llama_cpp  # others take it from here, so that it never loads before the lines above
+
+Tokens = npt.NDArray[np.int32]
+
+logger = logging.getLogger(__name__)
+
+_SPECIAL: Final = (
+    lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED | lib.LLAMA_TOKEN_ATTR_UNKNOWN
+)
+_GGML_LOG_ERROR: Final = 4
+_MAX_GPU_LAYERS: Final = 100_000
+recent_errors: deque[str] = deque(maxlen=4)
+_setup_lock = threading.Lock()
+_is_set_up = False
+
+
+@lib.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _data: object) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    if level == _GGML_LOG_ERROR:
+        recent_errors.append(line)
+    logger.debug("%s", line)
+
+
+def _set_up() -> None:
+    global _is_set_up
+    with _setup_lock:
+        if not _is_set_up:
+            lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+            lib.llama_backend_init()
+            _is_set_up = True
+
+
+def can_offload() -> bool:
+    """Tell whether llama.cpp can run layers elsewhere than on the CPU of this machine."""
+    if lib.llama_supports_rpc():  # llama.cpp itself takes that for a device, even without any server
+        return has_device()
+    return bool(lib.llama_supports_gpu_offload())
+
+
+class Model:
+    """The weights and vocabulary of a GGUF file, loaded once; free it with `close` or `with`.
+
+    Attributes:
+        path: the file.
+        n_vocab: tokens of the vocabulary, V.
+        n_ctx_train: tokens of context the model was trained on.
+        n_gpu_layers: layers asked to run on the GPU; -1 means all.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_gpu_layers: int | None = None,
+        rpc: str | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            path: a GGUF file; for a split one, its first part.
+            n_gpu_layers: layers to run on the GPU, -1 for all. None: all where the installed llama.cpp
+                can offload, else 0.
+            rpc: RPC servers whose devices count as GPUs, "HOST:PORT,HOST:PORT". All models that the
+                process loads later use them too.
+            progress: called with the fraction loaded, from 0 to 1.
+
+        Raises:
+            ModelNotFoundError: no such file.
+            ModelFormatError: not a GGUF file, a damaged one, or not a model that writes text.
+            SettingError: n_gpu_layers out of range, rpc malformed or not built in.
+            EngineError: an RPC server cannot be reached.
+        """
+        if n_gpu_layers is not None and not -1 <= n_gpu_layers <= _MAX_GPU_LAYERS:
+            raise SettingError(f"n_gpu_layers must be from -1 to {_MAX_GPU_LAYERS}, got {n_gpu_layers}")
+        servers = [] if rpc is None else parse_servers(rpc)
+        self.path = Path(path)
+        check_magic(self.path)
+        _set_up()
+        if servers:
+            add_servers(servers)
+        if n_gpu_layers is None:
+            n_gpu_layers = -1 if can_offload() else 0
+        self.n_gpu_layers = n_gpu_layers
+        self._model = _load(self.path, n_gpu_layers, progress)
+        self._finalizer = weakref.finalize(self, lib.llama_model_free, self._model)
+        try:
+            self._check_writes_text()
+        except ModelFormatError:
+            self.close()
+            raise
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.n_ctx_train = int(lib.llama_model_n_ctx_train(self._model))
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the weights. Contexts of the model must be closed before."""
+        self._finalizer()
+
+    @property
+    def handle(self) -> Any:
+        """The `llama_model *`; raises ClosedError after `close`."""
+        if not self._finalizer.alive:
+            raise ClosedError("the model is closed: load it again")
+        return self._model
+
+    @property
+    def _vocab(self) -> Any:
+        return lib.llama_model_get_vocab(self.handle)
+
+    def _check_token(self, token: int) -> None:
+        if not 0 <= token < self.n_vocab:  # llama.cpp ends the process
+            raise EngineError(f"no token {token}: there are {self.n_vocab}")
+
+    def _check_writes_text(self) -> None:
+        model = self.handle
+        architecture = self.metadata("general.architecture") or "unknown"
+        pooling = self.metadata(f"{architecture}.pooling_type") or "0"
+        causal = self.metadata(f"{architecture}.attention.causal") or "true"
+        if pooling != "0" or causal == "false":
+            kind = "an embedding model"
+        elif lib.llama_model_has_encoder(model) or not lib.llama_model_has_decoder(model):
+            kind = "an encoder-decoder model"
+        elif lib.llama_model_is_diffusion(model):
+            kind = "a diffusion model"
+        elif lib.llama_vocab_type(lib.llama_model_get_vocab(model)) == lib.LLAMA_VOCAB_TYPE_NONE:
+            kind = "a model without a tokenizer"
+        else:
+            return
+        raise ModelFormatError(
+            f"{self.path} is {kind} ({architecture}): choose a model that writes text token by token"
+        )
+
+    def metadata(self, key: str) -> str | None:
+        """Return a metadata value of the file as text, or None where it has no such key."""
+        buffer = ctypes.create_string_buffer(1024)
+        size = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        if size >= len(buffer):
+            buffer = ctypes.create_string_buffer(size + 1)
+            size = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return None if size < 0 else buffer.value.decode("utf-8", "replace")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's own chat template (Jinja), if it has one."""
+        return self.metadata("tokenizer.chat_template")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(lib.llama_model_size(self.handle))
+
+    def cache_bytes(self, n_ctx: int, n_sequences: int) -> int:
+        """Estimate the KV cache of a context, as if all layers attended to all of it (in float16)."""
+        return cache_bytes(self._header, n_ctx, n_sequences)
+
+    @functools.cached_property
+    def _header(self) -> Header:
+        return read_header(self.path)
+
+    @property
+    def bos(self) -> int:
+        """The token that begins a text, or -1."""
+        return int(lib.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a text, or -1."""
+        return int(lib.llama_vocab_eos(self._vocab))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a prompt is to begin with `bos`."""
+        return bool(lib.llama_vocab_get_add_bos(self._vocab))
+
+    def ends_generation(self, token: int) -> bool:
+        """Tell whether a token ends an answer (end of text, end of turn, …)."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    def token_text(self, token: int) -> str:
+        """Return the vocabulary's own spelling of a token: "<|im_end|>", "Ġthe"."""
+        self._check_token(token)
+        text: bytes = lib.llama_vocab_get_text(self._vocab, token)
+        return text.decode("utf-8", "replace")
+
+    def special_texts(self) -> list[str]:
+        """Return the texts that tokenization with `special` turns into tokens with a meaning.
+
+        Whitespace is left out: some vocabularies hold runs of blanks as such tokens.
+        """
+        self.handle  # noqa: B018  (raises when closed)
+        texts = (
+            self.token_text(token)
+            for token in range(self.n_vocab)
+            if lib.llama_vocab_get_attr(self._vocab, token) & _SPECIAL
+        )
+        return [text for text in texts if text.strip()]
+
+    def tokenize(self, text: str, *, special: bool = False) -> Tokens:
+        """Return the tokens of a text, (n,) int32, with nothing added at its ends.
+
+        Args:
+            text: any text; lone surrogates become "?".
+            special: let texts such as "<|im_end|>" become the control tokens they name.
+        """
+        self.handle  # noqa: B018
+        data = text.encode("utf-8", "replace")
+        size = len(data) + 16  # never fewer bytes than tokens, but for a space prefixed to each part
+        while True:
+            buffer = np.empty(size, np.int32)
+            count = lib.llama_tokenize(
+                self._vocab,
+                data,
+                len(data),
+                buffer.ctypes.data_as(lib.llama_token_p),
+                size,
+                False,
+                special,
+            )
+            if count >= 0:
+                return buffer[:count].copy()
+            size = -count
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes a token stands for: none for control tokens, part of a character maybe."""
+        self._check_token(token)
+        buffer = ctypes.create_string_buffer(64)  # each call its own: threads share the model
+        size = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if size < 0:
+            buffer = ctypes.create_string_buffer(-size)
+            size = lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[:size]
+
+
+def because() -> str:
+    """Return the first complaint of llama.cpp since the last call, without the name of its function."""
+    return f": {' '.join(recent_errors[0].split(': ', 1)[-1].split())}" if recent_errors else ""
+
+
+def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | None) -> Any:
+    failure: list[BaseException] = []
+
+    @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+    def on_progress(fraction: float, _data: object) -> bool:
+        try:  # ctypes swallows what a callback raises, a KeyboardInterrupt too
+            if progress is not None:
+                progress(fraction)
+        except BaseException as error:
+            failure.append(error)
+        return not failure
+
+    parameters = lib.llama_model_default_params()
+    parameters.n_gpu_layers = n_gpu_layers
+    parameters.progress_callback = on_progress
+    recent_errors.clear()
+    model = lib.llama_model_load_from_file(os.fsencode(path), parameters)
+    if failure:
+        if model:
+            lib.llama_model_free(model)
+        raise failure[0]
+    if not model:
+        raise ModelFormatError(
+            f"llama.cpp cannot load {path}{because()}: the file is damaged or incomplete, or of a "
+            "kind that this version does not know; download it again"
+        )
+    return model

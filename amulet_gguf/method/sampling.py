@@ -1,0 +1,203 @@
+"""One combined row of logits becomes one token.
+
+The stages are llama.cpp's, in llama.cpp's order: repetition penalty, top-k, top-p, min-p, temperature.
+Filters thus judge the realigned distribution itself, and temperature only spreads what they kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from amulet_gguf.method._kernel import kernel
+from amulet_gguf.method.realign import Float32Array, argmax, largest_key
+
+_BLOCK: Final = 1024
+_MAX_SCALE: Final = 1e30  # leaves the best tokens alone as surely as infinity, without its NaN
+_LOWEST: Final = np.finfo(np.float32).min  # below it there are only masked tokens
+_FIRST_WINDOW: Final = 4.0  # nats below the best logit; holds the nucleus of most real rows
+
+
+class Sampler:
+    """Chooses the tokens of one generation; equal seeds on equal logits choose equal tokens.
+
+    The caller validates (see `amulet_gguf.settings.Settings`, which gives the ranges).
+
+    Args:
+        temperature: 0 takes the most probable token; otherwise logits are divided by it.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the fewest most probable tokens whose probability reaches this; 1 keeps all.
+        min_p: keep tokens at least this times as probable as the best; 0 keeps all.
+        repeat_penalty: divides positive and multiplies negative logits of tokens among the last
+            `repeat_last_n` written (Keskar et al. 2019, arXiv 1909.05858); 1 changes nothing.
+            The prompt is not counted: a question's own words are needed in its answer.
+        repeat_last_n: tokens the penalty looks back.
+        seed: of the random numbers; None draws one from the system.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        repeat_last_n: int = 64,
+        seed: int | None = None,
+    ) -> None:
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.min_p = min_p
+        self.repeat_penalty = repeat_penalty
+        self._random = np.random.default_rng(seed)
+        self._recent: deque[int] = deque(maxlen=repeat_last_n)
+
+    def sample(self, logits: Float32Array) -> int:
+        """Choose a token and remember it for the repetition penalty.
+
+        Args:
+            logits: (V,) float32, contiguous, no NaN, masked tokens -inf, at least one finite.
+                Penalties are applied in place.
+        """
+        if self.repeat_penalty != 1.0 and self._recent:
+            penalize(logits, np.unique(np.array(self._recent, np.int64)), self.repeat_penalty)
+        if self.temperature == 0.0:
+            token = argmax(logits)
+        else:
+            floor = math.log(self.min_p) if self.min_p > 0 else -math.inf
+            scale = min(1.0 / self.temperature, _MAX_SCALE)
+            token = _draw(logits, scale, self.top_k, self.top_p, floor, self._random.random())
+        self._recent.append(token)
+        return token
+
+
+def penalize(logits: Float32Array, tokens: npt.NDArray[np.int64], penalty: float) -> None:
+    """Apply the repetition penalty to distinct `tokens` of (V,) `logits`, in place."""
+    values = logits[tokens]
+    logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
+
+
+@kernel(fastmath={"reassoc", "contract", "nsz"})
+def exp_below(values: Float32Array, peak: np.float32, scale: float, out: Float32Array) -> float:
+    """out = exp((values - peak) * scale) for values <= peak; return its sum in float64.
+
+    LLVM has no vector exp, so: 2^y = 2^n 2^f with n the nearest integer, 2^f by its Taylor series
+    (|f| <= 1/2), 2^n by writing the exponent bits. Below 2^-126 it is 0. Three roundings of
+    an exponent of up to 88 leave a relative error below 3 * 88 * 2^-24 + 1e-6 < 2e-5.
+    """
+    log2e = np.float32(scale * 1.4426950408889634)
+    bits = np.empty(values.size, np.int32)
+    power = bits.view(np.float32)
+    for v in range(values.size):
+        y = (values[v] - peak) * log2e
+        y = y if y > np.float32(-126.0) else np.float32(-127.0)
+        n = np.floor(y + np.float32(0.5))
+        f = y - n
+        series = np.float32(1.5403530e-4)
+        series = series * f + np.float32(1.3333558e-3)
+        series = series * f + np.float32(9.6181291e-3)
+        series = series * f + np.float32(5.5504109e-2)
+        series = series * f + np.float32(2.4022651e-1)
+        series = series * f + np.float32(6.9314718e-1)
+        out[v] = series * f + np.float32(1.0)
+        bits[v] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    total = 0.0
+    for v in range(values.size):
+        out[v] *= power[v]
+        total += out[v]
+    return total
+
+
+@kernel()
+def _gather(logits: Float32Array, floor: np.float32, found: npt.NDArray[np.int32]) -> int:
+    """Write the indices of logits >= floor into `found`, ascending; return how many they are."""
+    floor_key = largest_key(np.array([floor], np.float32))
+    count = 0
+    for start in range(0, logits.size, _BLOCK):
+        block = logits[start : start + _BLOCK]
+        if largest_key(block) >= floor_key:
+            for v in range(block.size):
+                if block[v] >= floor:
+                    found[count] = start + v
+                    count += 1
+    return count
+
+
+@kernel()
+def _draw(
+    logits: Float32Array, scale: float, top_k: int, top_p: float, log_min_p: float, uniform: float
+) -> int:
+    """Return a token of the filtered distribution by inversion; `uniform` is in [0, 1)."""
+    n_vocab = logits.size
+    peak = logits[argmax(logits)]
+    weights = np.empty(_BLOCK, np.float32)
+
+    # Find the candidates: all those within a window below the peak, which holds what top-k and top-p
+    # keep. Widening it until it does costs less than sorting the vocabulary, and is as exact.
+    candidates = np.empty(n_vocab, np.int32)
+    total = 0.0
+    if top_p < 1.0 and top_k == 0:
+        for start in range(0, n_vocab, _BLOCK):
+            total += exp_below(logits[start : start + _BLOCK], peak, 1.0, weights)
+    sorting = top_k > 0 or top_p < 1.0
+    window = _FIRST_WINDOW if sorting else -log_min_p
+    while True:
+        n = _gather(logits, max(np.float32(peak - window), _LOWEST), candidates)
+        if not sorting or window == np.inf:
+            break
+        if top_k > 0:
+            if n >= top_k:
+                break
+        else:
+            mass = 0.0
+            for i in range(n):
+                mass += np.exp(np.float64(logits[candidates[i]] - peak))
+            if mass >= top_p * total:
+                break
+        window = window * 2 if window < 64 else np.inf
+
+    if sorting:
+        order = np.argsort(-logits[candidates[:n]], kind="mergesort")  # stable: ties by index
+        candidates = candidates[:n][order]
+        if top_k > 0:
+            n = min(n, top_k)
+        if top_p < 1.0:
+            if top_k > 0:  # what top-k kept is the whole now
+                total = 0.0
+                for i in range(n):
+                    total += np.exp(np.float64(logits[candidates[i]] - peak))
+            mass = 0.0
+            for i in range(n):
+                mass += np.exp(np.float64(logits[candidates[i]] - peak))
+                if mass >= top_p * total:
+                    n = i + 1
+                    break
+        floor = np.float32(peak + log_min_p)
+        while logits[candidates[n - 1]] < floor:
+            n -= 1
+
+    # Invert the cumulative distribution, whole blocks first.
+    kept = logits[candidates[:n]]
+    sums = np.empty((n + _BLOCK - 1) // _BLOCK, np.float64)
+    for i in range(sums.size):
+        sums[i] = exp_below(kept[i * _BLOCK : (i + 1) * _BLOCK], peak, scale, weights)
+    target = uniform * sums.sum()
+    i = 0
+    while i < sums.size - 1 and target >= sums[i]:
+        target -= sums[i]
+        i += 1
+    block = kept[i * _BLOCK : (i + 1) * _BLOCK]
+    exp_below(block, peak, scale, weights)
+    chosen = 0
+    for v in range(block.size):
+        if weights[v] > 0:
+            chosen = v
+            if target < weights[v]:
+                break
+            target -= weights[v]
+    return int(candidates[i * _BLOCK + chosen])

@@ -1,0 +1,1 @@
+"""Messages and preferences become a request."""

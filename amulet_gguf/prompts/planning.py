@@ -1,0 +1,107 @@
+"""Messages and settings become a request that the engine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+
+from amulet_gguf.engine.generation import Mixture, Request
+from amulet_gguf.llama.model import Model
+from amulet_gguf.method.echo import echo_tokens
+from amulet_gguf.method.sampling import Sampler
+from amulet_gguf.preferences import Realignment, coefficients, realign
+from amulet_gguf.prompts.template import ChatTemplate, Encoded, Message, conversation, with_preference
+from amulet_gguf.settings import Settings
+
+
+class Planner:
+    """Makes requests for one model."""
+
+    def __init__(self, model: Model) -> None:
+        """Compile the model's chat template.
+
+        Raises:
+            PromptError: the template is not valid.
+        """
+        self.template = ChatTemplate(model)
+        self._model = model
+        # A slider asks again at every move.
+        self._echo_tokens = lru_cache(maxsize=64)(partial(echo_tokens, model))
+
+    def request(
+        self,
+        prompt: str | None,
+        messages: Sequence[Message] | None,
+        settings: Settings,
+        *,
+        text: str | None = None,
+        reuse: bool = False,
+        is_adjustable: bool = False,
+        known: Encoded | None = None,
+        n_alternatives: int = 0,
+    ) -> Request:
+        """Return the request for a prompt, a conversation, or a text to go on with.
+
+        Args:
+            text: instead of the other two, what the model is to go on with, without a chat template; a
+                preference stands before it, and the system prompt is left out.
+            reuse, n_alternatives: see `Request`.
+            is_adjustable: keep all branches whatever the strength: `mixture` gives others later.
+            known: see `ChatTemplate.encode`.
+
+        Raises:
+            PromptError: not exactly one is given, or it cannot be made into a prompt.
+        """
+        plan = _plan(settings, is_adjustable)
+        texts = [None, *(preference.text for preference in settings.prefer)]
+        if text is not None and prompt is None and messages is None:
+            branches = [self.template.encode_text(text, texts[branch]) for branch in plan.branches]
+        else:
+            placement = settings.placement if settings.prefer else "turn"
+            checked = conversation(prompt, messages, settings.system)
+            branches = [
+                self.template.encode(with_preference(checked, texts[branch], placement), known).tokens
+                for branch in plan.branches
+            ]
+        return Request(
+            branches=branches,
+            mixture=self._mixture(settings, plan),
+            sampler=Sampler(
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                repeat_penalty=settings.repeat_penalty,
+                repeat_last_n=settings.repeat_last_n,
+                seed=settings.seed,
+            ),
+            max_tokens=settings.max_tokens,
+            stop=settings.stop,
+            reuse=reuse,
+            n_alternatives=n_alternatives,
+        )
+
+    def mixture(self, settings: Settings) -> Mixture:
+        """Return the mixture of all branches, for an adjustable generation of these preferences."""
+        return self._mixture(settings, _plan(settings, True))
+
+    def _mixture(self, settings: Settings, plan: Realignment) -> Mixture:
+        weights = [preference.weight for preference in settings.prefer]
+        is_extrapolated = any(not 0 <= amount <= 1 for amount in plan.coefficients)
+        anchor = coefficients(weights, min(max(settings.strength, 0.0), 1.0))
+        withheld = None
+        if settings.withhold_echo and is_extrapolated:
+            withheld = self._echo_tokens(tuple(p.text for p in settings.prefer if p.weight > 0))
+        return Mixture(
+            plan.coefficients,
+            plan.reference,
+            plan.plausibility,
+            adapt=settings.adapt if is_extrapolated else "none",
+            anchor=[anchor[branch] for branch in plan.branches],
+            withheld=withheld,
+        )
+
+
+def _plan(settings: Settings, keep_branches: bool) -> Realignment:
+    weights = [preference.weight for preference in settings.prefer]
+    return realign(weights, settings.strength, settings.plausibility, keep_branches=keep_branches)

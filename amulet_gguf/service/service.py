@@ -1,0 +1,297 @@
+"""A model on a thread of its own, for programs that must not wait for it: windows, servers, asyncio.
+
+The engine's thread loads the model, makes every step, and frees it all in the end. A second thread turns
+prompts into requests, so that a long prompt holds up nobody's answer. Callers put what they want into
+queues, and are woken when their generation has something new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import dataclasses
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from amulet_gguf.amulet import Amulet, LoadOptions
+from amulet_gguf.engine.generation import Request
+from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
+from amulet_gguf.prompts.planning import Planner
+from amulet_gguf.prompts.template import Message
+from amulet_gguf.service.stream import Job, ServiceStream, cancel, remix
+from amulet_gguf.settings import Options, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+logger = logging.getLogger(__name__)
+
+
+class AmuletService:
+    """A model that answers any number of threads and tasks, none of which it makes wait.
+
+    Close it, or use `with` or `async with`: its threads and memory are held until then, or until the
+    interpreter ends.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        max_waiting: int = 256,
+        on_load: Callable[[float], None] | None = None,
+        **options: Unpack[LoadOptions],
+    ) -> None:
+        """Begin to load a model, and return at once.
+
+        Args:
+            path: a file or name, as in `Amulet.load`.
+            max_waiting: answers that may wait for their turn.
+            on_load: called on the engine's thread with the fraction loaded, from 0 to 1; if it raises,
+                the model is not loaded.
+            **options: other arguments of `Amulet.load`. `n_sequences` says how many branches, one
+                for the base and one for each preference of each answer, can be written at once.
+        """
+        self._on_load = on_load
+        self._max_waiting = max_waiting
+        self._amulet: Amulet | None = None
+        self._failure: BaseException | None = None
+        self._lock = threading.Lock()
+        self._jobs: set[Job] = set()  # not finished, or not yet known to be
+        self._running: list[Job] = []  # of the engine; only its thread looks at it
+        self._is_closing = False
+        self._is_ready = threading.Event()  # loaded, or never will be
+        # The only queues whose `put` is safe in `__del__`, which may run in the middle of anything.
+        self._unplanned: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[Amulet], None]] = queue.SimpleQueue()
+        self._planner = threading.Thread(target=self._plan, name="amulet-planner", daemon=True)
+        self._engine = threading.Thread(
+            target=self._run, args=(path, options), name="amulet-engine", daemon=True
+        )
+        # Daemons, because a program's end waits for other threads before it calls this.
+        atexit.register(self.close)
+        self._planner.start()
+        self._engine.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """End what runs, free the model, and wait for both threads, at most for a step.
+
+        Answers that are not finished fail with ClosedError. It may be called from anywhere, and again.
+        """
+        self._is_closing = True
+        atexit.unregister(self.close)
+        self._commands.put(lambda amulet: None)
+        if threading.current_thread() not in (self._engine, self._planner):  # called by a callback
+            self._engine.join()
+
+    def wait_ready(self, timeout: float | None = None) -> Amulet:
+        """Wait until the model is loaded; return it, to be looked at only.
+
+        Raises:
+            AmuletError: it could not be loaded.
+            TimeoutError: it took more than so many seconds.
+        """
+        if not self._is_ready.wait(timeout):
+            raise TimeoutError(f"the model was not loaded in {timeout} seconds")
+        if self._amulet is None or self._is_closing:
+            raise self._failure or self._closed()
+        return self._amulet
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing more can be asked for: it was closed, or cannot go on."""
+        return self._is_closing
+
+    @property
+    def n_live(self) -> int:
+        """Answers that hold sequences now."""
+        return 0 if self._amulet is None else self._amulet.engine.n_live
+
+    @property
+    def n_waiting(self) -> int:
+        """Answers that wait for their turn."""
+        return max(0, len(self._jobs) - self.n_live)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        text: str | None = None,
+        settings: Settings | None = None,
+        is_adjustable: bool = True,
+        n_alternatives: int = 0,
+        on_prefill: Callable[[int, int], None] | None = None,
+        **options: Unpack[Options],
+    ) -> ServiceStream:
+        """Ask for an answer, and return at once, even while the model is being loaded.
+
+        What the model holds of a conversation from answers before is not read again.
+
+        Args:
+            prompt, messages, text: exactly one of them: see `Amulet.stream` and `Planner.request`.
+            settings: where to start from; None means the defaults.
+            is_adjustable: `adjust` may be used, at the price of all branches at every strength.
+            n_alternatives: explain each token with so many of each distribution's best.
+            on_prefill: called on the engine's thread with the tokens of the prompt read so far and in
+                all; it must return soon. If it raises, the answer fails with that.
+            **options: fields of `Settings` that differ.
+
+        Raises:
+            SettingError, QueueFullError, ClosedError: at once.
+            AmuletError: from the iterator, for everything else.
+        """
+        settings = dataclasses.replace(settings or Settings(), **options)  # type: ignore[arg-type]
+
+        def plan(planner: Planner, settings: Settings) -> Request:
+            return planner.request(
+                prompt,
+                messages,
+                settings,
+                text=text,
+                reuse=messages is not None,
+                is_adjustable=is_adjustable,
+                n_alternatives=n_alternatives,
+            )
+
+        job = Job(plan, settings, is_adjustable, on_prefill)
+        with self._lock:
+            if self._is_closing:
+                raise self._closed()
+            if self.n_waiting >= self._max_waiting:
+                raise QueueFullError(self._max_waiting)
+            self._jobs.add(job)
+        self._unplanned.put(job)
+        return ServiceStream(job, self._commands.put)
+
+    def _closed(self) -> ClosedError:
+        why = f": {self._failure}" if self._failure is not None else ""
+        return ClosedError(f"the service is closed{why}")
+
+    def _plan(self) -> None:
+        """Be the planner's thread."""
+        self._is_ready.wait()
+        while (job := self._unplanned.get()) is not None:
+            if self._is_closing or self._amulet is None:
+                continue  # `_end` fails them all
+            if job.is_cancelled:
+                self._forget(job)
+                continue
+            settings = job.settings
+            try:
+                request = job.plan(self._amulet.planner, settings)
+            except BaseException as error:
+                self._commands.put(partial(self._refuse, job, error))
+            else:
+                self._commands.put(partial(self._submit, job, request, settings))
+
+    def _run(self, path: str | os.PathLike[str] | None, options: LoadOptions) -> None:
+        """Be the engine's thread."""
+        try:
+            self._amulet = Amulet.load(path, progress=self._on_progress, **options)
+            self._is_ready.set()
+            while not self._is_closing:
+                self._obey(self._amulet)
+                if self._running:
+                    self._step(self._amulet)
+        except BaseException as error:
+            if not self._is_closing:
+                self._failure = error
+                if not isinstance(error, AmuletError):
+                    logger.error("the engine's thread ended: %r", error)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._is_closing = True
+        self._is_ready.set()
+        self._unplanned.put(None)
+        self._planner.join()  # it may be in the middle of using the model
+        if self._amulet is not None:
+            self._amulet.close()
+        for job in self._jobs:
+            job.fail(self._failure if isinstance(self._failure, AmuletError) else self._closed())
+        self._jobs.clear()
+        self._running.clear()
+
+    def _on_progress(self, fraction: float) -> None:
+        if self._is_closing:
+            raise self._closed()
+        if self._on_load is not None:
+            self._on_load(fraction)
+
+    def _obey(self, amulet: Amulet) -> None:
+        """Do what was asked for since the last step; wait for something if there is nothing to do."""
+        with contextlib.suppress(queue.Empty):
+            self._commands.get(block=not self._running)(amulet)
+            while True:
+                self._commands.get_nowait()(amulet)
+
+    def _submit(self, job: Job, request: Request, planned: Settings, amulet: Amulet) -> None:
+        if job.is_cancelled:
+            self._forget(job)
+            return
+        try:
+            generation = amulet.engine.submit(request)
+        except AmuletError as error:
+            self._refuse(job, error, amulet)
+            return
+        self._running.append(job)
+        job.begin(generation)
+        if job.settings is not planned:
+            remix(job, amulet)
+        if job.is_cancelled:  # since the question above
+            cancel(job, amulet)
+
+    def _refuse(self, job: Job, error: BaseException, _amulet: Amulet) -> None:
+        job.fail(error)
+        self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.discard(job)
+
+    def _step(self, amulet: Amulet) -> None:
+        try:
+            amulet.engine.step()
+        except Exception:
+            # The engine has ended what was live, and can go on; if it has not, it never would.
+            if not any(job.is_finished for job in self._running):
+                raise
+            logger.exception("a step failed")
+        for job in self._running:
+            self._tell(job, amulet)
+        self._running = [job for job in self._running if not job.is_finished]
+
+    def _tell(self, job: Job, amulet: Amulet) -> None:
+        generation = job.generation
+        assert generation is not None
+        if job.on_prefill is not None and generation.n_tokens == 0:
+            try:
+                job.on_prefill(generation.n_read, generation.n_prefill)
+            except Exception as error:
+                generation.fail(error)
+                amulet.engine.cancel(generation)
+        if generation.is_finished:
+            self._forget(job)
+        if job.has_more:
+            job.notify()

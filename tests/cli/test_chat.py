@@ -1,0 +1,357 @@
+"""The chat, as a person has it: at a real terminal, over a pipe, interrupted, misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pyte
+import pytest
+
+from amulet_gguf.conversation import sessions
+
+pytestmark = pytest.mark.model
+
+COMMAND = [sys.executable, "-m", "amulet_gguf", "chat"]
+UP, DOWN = "\x1b[1;5A", "\x1b[1;5B"
+
+
+class Terminal:
+    """A screen, and what runs on it."""
+
+    def __init__(self, *arguments: str, **env: str) -> None:
+        variables = {**os.environ, "TERM": "xterm-256color", **env}
+        self.screen = pyte.HistoryScreen(100, 40, history=2000, ratio=1)
+        self._stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self.n_prompts = 1
+        self._child = pexpect.spawn(
+            COMMAND[0], [*COMMAND[1:], *arguments], env=variables, dimensions=(40, 100), timeout=60
+        )
+
+    @property
+    def text(self) -> str:
+        history = ["".join(line[x].data for x in range(100)) for line in self.screen.history.top]
+        return "\n".join(line.rstrip() for line in [*history, *self.screen.display])
+
+    def read(self, seconds: float = 0.05) -> None:
+        try:
+            data = self._child.read_nonblocking(65536, timeout=seconds)
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            return
+        self.raw += data
+        self._stream.feed(data)
+        if b"\x1b[6n" in data:  # a question of the line editor: where is the cursor?
+            row, column = self.screen.cursor.y + 1, self.screen.cursor.x + 1
+            self._child.send(f"\x1b[{row};{column}R")
+
+    def until(self, condition: str | Callable[[str], bool], seconds: float = 60) -> None:
+        """Read the screen until a pattern is on it, or a condition holds."""
+        deadline = time.monotonic() + seconds
+        while True:
+            text = self.text
+            if re.search(condition, text) if isinstance(condition, str) else condition(text):
+                return
+            assert time.monotonic() < deadline, f"no {condition} in\n{text}"
+            self.read()
+
+    def ready(self) -> None:
+        """Wait for the prompt that follows what was said so far."""
+
+        def is_ready(text: str) -> bool:
+            last = re.search(r"^> *\n+.* of [\d,]+ tokens\Z", text.rstrip(), re.MULTILINE)
+            return len(re.findall(r"^> ?", text, re.MULTILINE)) == self.n_prompts and bool(last)
+
+        self.until(is_ready, 20)
+
+    def say(self, line: str) -> None:
+        self.n_prompts += 1
+        self._child.send(line + "\r")
+
+    def press(self, keys: str) -> None:
+        self._child.send(keys)
+
+    def end(self) -> int:
+        deadline = time.monotonic() + 20
+        while self._child.isalive():
+            assert time.monotonic() < deadline, self.text
+            self.read()
+        self._child.close()
+        return int(self._child.exitstatus if self._child.exitstatus is not None else -1)
+
+    def kill(self) -> None:
+        self._child.close(force=True)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AMULET_HOME", str(tmp_path))
+    for name in ("AMULET_MODEL", "AMULET_PROFILE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Terminal]]:
+    terminals = []
+
+    def begin(*arguments: str, **env: str) -> Terminal:
+        terminals.append(Terminal(*arguments, **env))
+        return terminals[-1]
+
+    yield begin
+    for terminal in terminals:
+        terminal.kill()
+
+
+Start = Callable[..., Terminal]
+
+
+def pipe(lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], input=lines, capture_output=True, text=True)
+
+
+def test_a_conversation_at_a_terminal(start: Start) -> None:
+    terminal = start("-n", "12", "-p", "uplifting")
+    terminal.ready()
+    terminal.say("What is rain?")
+    terminal.until("stopped at 12 tokens")
+    terminal.ready()
+    terminal.say("/prefer concise formal:0.5")
+    terminal.until(r"concise, formal:0\.5 · strength 5\.65")
+    terminal.ready()
+    terminal.say("/strength abc")
+    terminal.until("Error: strength must be a number")
+    terminal.ready()
+    terminal.say("/strenght 2")
+    terminal.until("did you mean /strength")
+    terminal.say("/strength 2")
+    terminal.until(r"strength 2\b")
+    terminal.say("And snow?")
+    terminal.ready()
+    terminal.say("/why")
+    terminal.until("tokens changed, mean KL")
+    terminal.ready()
+    terminal.say("/compare")
+    terminal.until("linear alignment")
+    terminal.ready()
+    terminal.say("/undo")
+    terminal.until(r"taken back: And snow\?")
+    terminal.ready()
+    terminal.say("/system Be kind.")
+    terminal.until(r"system: Be kind\.")
+    terminal.ready()
+    terminal.say("/set temperature 0.5")
+    terminal.until(r"temperature = 0\.5")
+    terminal.ready()
+    terminal.say("/show")
+    terminal.until("1 turns")
+    terminal.ready()
+    terminal.say("/regen")
+    terminal.until(lambda text: text.count("stopped at 12 tokens") >= 2)
+    terminal.ready()
+    terminal.say("/save rainy memory")
+    terminal.until(r"rainy\.kv")
+    terminal.ready()
+    terminal.say("/help")
+    terminal.until("Ctrl-D leaves")
+    terminal.press("\x04")
+    assert terminal.end() == 0
+    saved = sessions.load("rainy")
+    assert saved.messages[0]["content"] == "What is rain?"
+    assert saved.settings.system == "Be kind."
+    assert saved.settings.strength == 2
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_session(start: Start) -> None:
+    terminal = start("-p", "verbose")
+    terminal.ready()
+    terminal.say("Tell me a very long story about the sea.")
+    terminal.until("Ctrl-C stops")
+    terminal.press("\x03")
+    terminal.until(r"\[stopped\]")
+    terminal.ready()
+    terminal.press("\x03")  # at the prompt it clears the line
+    terminal.until("Ctrl-D or /exit leaves")
+    terminal.n_prompts += 1
+    terminal.ready()
+    terminal.say("/show")
+    terminal.until("1 turns")
+    terminal.ready()
+    terminal.say("/exit")
+    assert terminal.end() == 0
+    (name,) = sessions.names()
+    assert sessions.load(name).messages[1]["content"]
+
+
+def test_keys_change_the_strength_of_the_answer_under_way(start: Start) -> None:
+    terminal = start("-p", "creative", "-s", "3", "--adapt", "none")
+    terminal.ready()
+    terminal.say("Tell me a long story about a house, with many people in it.")
+    terminal.until(r"strength 3 +Ctrl-↑")
+    terminal.press(UP)
+    terminal.until(r"strength 3\.5")
+    terminal.press(UP + UP + DOWN)
+    terminal.until(r"strength 4\b")
+    terminal.press("\x03")
+    terminal.until(r"\[strength 4\]")
+    terminal.ready()
+
+
+def test_alt_enter_begins_a_line_and_tab_completes(start: Start) -> None:
+    terminal = start("-n", "4")
+    terminal.ready()
+    terminal.press("one\x1b\r")
+    terminal.say("two")
+    terminal.until("stopped at 4 tokens")
+    terminal.ready()
+    terminal.press("/stre\t")
+    terminal.until("/strength")
+    terminal.say(" 3")
+    terminal.until("strength 3")
+    terminal.press("\x04")
+    assert terminal.end() == 0
+    assert sessions.load(sessions.names()[0]).messages[0]["content"] == "one\ntwo"
+
+
+def test_a_full_context_is_asked_about_and_nothing_is_cut(start: Start) -> None:
+    terminal = start("-c", "256", "-n", "60")
+    terminal.ready()
+    long = "The people of the old house by the sea were learning to read. " * 6
+    terminal.say(long)
+    terminal.ready()
+    terminal.say(long)
+    terminal.until(r"Forget the oldest 1 of 1 turns\? \[y/N\]")
+    terminal.press("n\r")
+    terminal.until("nothing was forgotten")
+    terminal.say("")  # the message waits to be sent again
+    terminal.until(lambda text: text.count("[y/N]") == 2)
+    terminal.press("y\r")
+    terminal.ready()
+    terminal.say("/exit")
+    assert terminal.end() == 0
+    # Before it was shortened, the conversation was saved whole.
+    turns = [sessions.load(name).messages for name in sessions.names()]
+    assert len(turns) == 2
+    assert all(len(messages) == 2 for messages in turns)
+
+
+def test_without_colours_there_are_none(start: Start) -> None:
+    terminal = start("-n", "6", "-p", "formal", NO_COLOR="1")
+    terminal.ready()
+    terminal.say("What is **rain**?")
+    terminal.ready()
+    terminal.say("/why")
+    terminal.until("mean KL")
+    assert not re.findall(rb"\x1b\[(?:3[1-7]|38;|4[1-7]|48;)[\d;]*m", terminal.raw)
+
+
+def test_a_dumb_terminal_gets_plain_text(start: Start) -> None:
+    terminal = start("-n", "6", TERM="dumb")
+    terminal.until("leaves")
+    terminal.say("What is rain?")
+    terminal.until("stopped at 6 tokens")
+    terminal.say("/exit")
+    assert terminal.end() == 0
+
+
+def test_over_a_pipe_lines_are_messages_and_only_answers_are_on_stdout() -> None:
+    done = pipe("What is rain?\n\n/prefer concise\nAnd snow?\n//exit is a word\n", "-n", "5")
+    assert done.returncode == 0
+    assert len(sessions.load(sessions.names()[0]).messages) == 6
+    assert "\x1b" not in done.stdout
+    assert "concise" not in done.stdout
+    assert "stopped at 5 tokens" in done.stderr
+
+
+def test_a_line_that_fails_does_not_end_the_others() -> None:
+    done = pipe("/strength abc\n/nosuch\n/regen\n/undo\n/why\n/load nosuch\n/set x 1\nHi\n", "-n", "3")
+    assert done.returncode == 1
+    assert done.stderr.count("Error: ") == 7
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_conversation_is_resumed_with_what_was_said_and_preferred() -> None:
+    pipe("My name is Ann.\n/prefer formal\n/strength 2\nHello.\n", "-n", "4")
+    (name,) = sessions.names()
+    done = pipe("/show\n", "--resume")
+    assert "2 turns" in done.stderr
+    assert "formal · strength 2" in done.stderr
+    assert pipe("", "--resume", "nosuch").returncode == 1
+    assert "no session 'nosuch'" in pipe("", "--resume", "nosuch").stderr
+    assert name in pipe("/show\n", "--resume", name).stderr
+
+
+def test_what_is_typed_goes_before_what_was_saved() -> None:
+    pipe("/prefer formal\n/strength 2\n/set temperature 0.5\nHello.\n/save one\n", "-n", "4")
+    shown = pipe("/show\n", "--resume", "one", "--strength", "3").stderr
+    assert "formal · strength 3" in shown
+    assert "temperature 0.5" in shown
+    assert "max_tokens 4" in shown
+
+
+def test_conversations_do_not_take_each_others_names() -> None:
+    done = pipe("Hi\n/save one\n/clear\nHo\n/clear\nHu\n/save one\n", "-n", "2")
+    assert "a session 'one' already" in done.stderr
+    said = [sessions.load(name).messages[0]["content"] for name in sessions.names()]
+    assert sorted(said) == ["Hi", "Hi", "Ho", "Hu"]
+
+
+def test_forgotten_turns_stay_in_the_session_before() -> None:
+    pipe("one\ntwo\n/save all\n/drop\nthree\n", "-n", "2")
+    turns = {name: len(sessions.load(name).messages) // 2 for name in sessions.names()}
+    assert turns.pop("all") == 2
+    texts = [sessions.load(name).messages for name in turns]
+    assert ["two", "three"] in [[each["content"] for each in text[::2]] for text in texts]
+
+
+def test_an_answer_that_cannot_be_written_again_is_kept() -> None:
+    long = "The people of the old house by the sea were learning to read. " * 12
+    done = pipe(f"{long}\n/set system {long * 3}\n/regen\n/show\n", "-n", "4", "-c", "256")
+    assert "the prompt has" in done.stderr
+    assert "1 turns" in done.stderr
+
+
+def test_a_damaged_memory_is_read_again(home: Path) -> None:
+    pipe("My name is Ann.\n/save ann memory\n", "-n", "4")
+    path = home / "sessions" / "ann.kv"
+    assert "memory of" in pipe("Hi\n", "--resume", "ann", "-n", "2").stderr
+    blob = bytearray(path.read_bytes())
+    blob[len(blob) // 2] ^= 1
+    path.write_bytes(blob)
+    done = pipe("Hi\n", "--resume", "ann", "-n", "2")
+    assert done.returncode == 0
+    assert "will be read again" in done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_disk_that_cannot_be_written_costs_the_session_not_the_chat(home: Path) -> None:
+    (home / "sessions").write_text("in the way")
+    done = pipe("Hi\n", "-n", "3")
+    assert done.stdout.strip()
+    assert "not saved" in done.stderr
+
+
+def test_sessions_are_listed_exported_and_removed() -> None:
+    pipe("My name is Ann.\n/save ann\n", "-n", "4")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "amulet_gguf", "sessions", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    rows = json.loads(run("ls", "--json").stdout)
+    assert {row["name"] for row in rows} == set(sessions.names())
+    assert "My name is Ann." in run("ls").stdout
+    assert "## You\n\nMy name is Ann." in run("export", "ann").stdout
+    assert json.loads(run("export", "ann", "--json").stdout)["messages"][0]["role"] == "user"
+    assert run("rm", "ann").returncode == 0
+    assert run("rm", "ann").returncode == 1
+    assert "no session 'ann'" in run("export", "ann").stderr

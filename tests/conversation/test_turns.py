@@ -1,0 +1,246 @@
+"""A conversation in Python: what is read again, and what its explanations say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from amulet_gguf.amulet import Amulet
+from amulet_gguf.cli import explained, main
+from amulet_gguf.conversation.turns import Conversation
+from amulet_gguf.errors import PromptTooLongError, SettingError
+from amulet_gguf.method.explanation import explain, kl, largest
+from amulet_gguf.method.realign import Float32Array
+from amulet_gguf.prompts.template import ChatTemplate, Encoded
+from amulet_gguf.settings import Settings
+
+# Explanations of single tokens
+
+rows = arrays.arrays(np.float32, 50, elements=st.floats(-30, 30, width=32))
+
+
+def probabilities(row: Float32Array) -> np.ndarray:
+    exact = np.exp(row.astype(np.float64) - row.max())
+    return np.asarray(exact / exact.sum())
+
+
+@settings(deadline=None)
+@given(rows, rows, st.sets(st.integers(0, 49), max_size=40))
+def test_the_divergence_is_that_of_float64(
+    row: Float32Array, plain: Float32Array, masked: set[int]
+) -> None:
+    row[list(masked)] = -np.inf
+    q, p = probabilities(row), probabilities(plain)
+    used = q > 1e-30
+    exact = float((q[used] * np.log(q[used] / p[used])).sum())
+    log_row = float(np.log(np.exp(row.astype(np.float64) - row.max()).sum()) + row.max())
+    log_plain = float(np.log(np.exp(plain.astype(np.float64) - plain.max()).sum()) + plain.max())
+    assert kl(row, log_row, plain, log_plain) == pytest.approx(max(0, exact), rel=1e-3, abs=1e-3)
+
+
+@settings(deadline=None)
+@given(rows, st.integers(1, 50))
+def test_the_largest_are_those_of_a_stable_sort(row: Float32Array, k: int) -> None:
+    best = np.empty(k, np.int32)
+    largest(row, best)
+    assert best.tolist() == np.argsort(-row, kind="stable")[:k].tolist()
+
+
+def test_an_explanation_of_four_tokens() -> None:
+    plain = np.log(np.array([0.7, 0.1, 0.1, 0.1], np.float32))
+    row = np.log(np.array([0.1, 0.7, 0.1, 0.1], np.float32))
+    row[3] = -np.inf
+    logits = np.stack([plain + 3, plain])  # the second is the reference
+    why = explain(logits, np.array([0.0, 1.0]), row, 1, lambda token: b"abcd"[token : token + 1], 2)
+    q = np.array([0.1, 0.7, 0.1]) / 0.9
+    assert why.divergence == pytest.approx((q * np.log(q / [0.7, 0.1, 0.1])).sum(), abs=1e-3)
+    assert (why.probability, why.prompted) == pytest.approx((0.7 / 0.9, 0.1), abs=1e-3)
+    assert [each.text for each in why.alternatives] == ["b", "a"]
+
+
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def amulet(real_model: Path) -> Iterator[Amulet]:
+    with Amulet.load(real_model, n_ctx=768, n_sequences=3) as amulet:
+        yield amulet
+
+
+LONG = "The people of the old house by the sea were learning to read and to write. " * 12
+
+
+def ask(conversation: Conversation, text: str, **options: object) -> tuple[str, int]:
+    """Return an answer and how many tokens were read for it."""
+    turn = conversation.ask(text, max_tokens=8, **options)  # type: ignore[arg-type]
+    for _ in turn:
+        pass
+    return turn.answer, turn.stream.usage.prefill_tokens
+
+
+@pytest.mark.model
+def test_a_turn_reads_what_is_new_whatever_is_preferred(amulet: Amulet) -> None:
+    conversation = Conversation(amulet)
+    _, first = ask(conversation, LONG)
+    alone = ChatTemplate(amulet.model).encode([{"role": "user", "content": "And then?"}]).tokens.size
+    for prefer, branches in ((None, 1), ("concise", 2), ("creative", 2), (["formal", "concise"], 3)):
+        _, read = ask(conversation, "And then?", prefer=prefer)
+        # The turn once, and for each branch its preference and the head of the answer.
+        assert read <= alone + branches * 30 < first
+    _, read = ask(conversation, "And then?", strength=0)
+    assert read <= alone + 3 * 30
+
+
+@pytest.mark.model
+def test_answers_are_those_of_a_conversation_read_at_once(amulet: Amulet) -> None:
+    conversation = Conversation(amulet, Settings(prefer="concise", max_tokens=8))  # type: ignore[arg-type]
+    for text in ("What is rain?", "And snow?"):
+        ask(conversation, text)
+    known = conversation._known
+    assert known is not None
+    messages = [*conversation.messages, {"role": "user", "content": "And hail?"}]
+    encoded = amulet.planner.template.encode(messages)
+    held = amulet.planner.template.encode(messages, known)
+    assert held.text == encoded.text
+    read = b"".join(map(amulet.model.token_bytes, held.tokens.tolist()))
+    assert read == b"".join(map(amulet.model.token_bytes, encoded.tokens.tolist()))
+
+
+@pytest.mark.model
+def test_tokens_that_the_tokenizer_would_not_choose_are_kept(amulet: Amulet) -> None:
+    template = amulet.planner.template
+    prompt = template.encode([{"role": "user", "content": "Hi"}])
+    spelled = [int(amulet.model.tokenize(letter)[0]) for letter in "hello"]
+    assert len(amulet.model.tokenize("hello")) < len(spelled)
+    known = template.answered(prompt, "hello", spelled)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hello"}]
+    following = template.encode([*turns, {"role": "user", "content": "Well?"}], known)
+    assert following.tokens[: known.tokens.size].tolist() == known.tokens.tolist()
+    # Another text than the one that is known is read as it is.
+    turns[1]["content"] = "hello!"
+    other = template.encode([*turns, {"role": "user", "content": "Well?"}], known)
+    assert isinstance(other, Encoded)
+    assert (
+        other.tokens.tolist()
+        == template.encode([*turns, {"role": "user", "content": "Well?"}]).tokens.tolist()
+    )
+
+
+@pytest.mark.model
+def test_the_strength_changes_while_the_answer_is_written(amulet: Amulet) -> None:
+    def write(change: bool) -> list[int | None]:
+        conversation = Conversation(amulet)
+        turn = conversation.ask(
+            "Describe the sea.", prefer="creative", strength=0, adapt="none", max_tokens=20
+        )
+        for _ in turn:
+            if change and len(turn.pieces) == 5:
+                turn.adjust(6)
+        assert conversation.settings.strength == (6 if change else 0)
+        moved = [p.explanation.divergence for p in turn.pieces if p.explanation is not None]
+        assert len(moved) == len([p for p in turn.pieces if p.token is not None])
+        return [piece.token for piece in turn.pieces]
+
+    plain, changed = write(False), write(True)
+    assert plain[:5] == changed[:5]
+    assert plain != changed
+    with pytest.raises(SettingError):
+        Conversation(amulet).ask("Hi", max_tokens=1).adjust(1e9)
+
+
+@pytest.mark.model
+def test_a_cancelled_answer_is_kept_and_an_empty_one_is_not(amulet: Amulet) -> None:
+    conversation = Conversation(amulet)
+    turn = conversation.ask("Tell a story.")
+    next(turn)
+    turn.cancel()
+    rest = list(turn)
+    assert rest[-1].finish_reason == "cancelled"
+    assert conversation.messages[-1]["content"] == turn.answer != ""
+    conversation.ask("And?").close()
+    assert len(conversation.messages) == 2
+    _, read = ask(conversation, "And?")
+    assert read < 30
+    assert conversation.undo() == "And?"
+    assert conversation.undo() == "Tell a story."
+    assert conversation.undo() is None
+
+
+@pytest.mark.model
+def test_a_full_context_is_an_error_until_turns_are_dropped(amulet: Amulet) -> None:
+    conversation = Conversation(amulet, Settings(system="Be kind.", max_tokens=8))
+    for _ in range(3):
+        ask(conversation, LONG)
+    assert conversation.room(LONG) < 0
+    with pytest.raises(PromptTooLongError):
+        conversation.ask(LONG)
+    assert len(conversation.messages) == 6  # nothing is cut silently
+    conversation.drop_oldest(2)
+    assert conversation.room(LONG) > 0
+    assert conversation.settings.system == "Be kind."
+    ask(conversation, LONG)
+    conversation.drop_oldest(99)
+    assert conversation.messages == []
+
+
+@pytest.mark.model
+def test_a_memory_saves_reading_in_another_process(amulet: Amulet, real_model: Path) -> None:
+    conversation = Conversation(amulet, Settings(prefer="concise"))  # type: ignore[arg-type]
+    ask(conversation, LONG)
+    memory = conversation.memory()
+    assert memory is not None
+    for n_sequences in (2, 4):
+        with Amulet.load(real_model, n_ctx=512, n_sequences=n_sequences) as other:
+            resumed = Conversation(other, conversation.settings, conversation.messages)
+            resumed.remember(*memory)
+            answer, read = ask(resumed, "And then?")
+            assert read < 80
+            assert answer
+
+
+# Explanations of answers
+
+
+@pytest.mark.model
+def test_explain_shows_numbers_and_alternatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMULET_HOME", str(tmp_path))
+    arguments = ["explain", "Describe the <b>sea</b>", "-p", "creative", "-n", "12"]
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(main, [*arguments, "--json", "--html", str(page)])
+    assert result.exit_code == 0
+    record = json.loads(result.stdout)
+    tokens = record["tokens"]
+    assert record["summary"]["tokens"] == len(tokens) == 12
+    assert record["summary"]["changed"] == sum(token["changed"] for token in tokens)
+    mean = sum(token["divergence"] for token in tokens) / 12
+    assert math.isclose(record["summary"]["mean_divergence"], mean)
+    assert mean > 0
+    for token in tokens:
+        listed = [each["probability"] for each in token["alternatives"]]
+        assert listed == sorted(listed, reverse=True)
+        assert sum(listed) <= 1 + 1e-4
+    html = page.read_text()
+    assert "Describe the &lt;b&gt;sea" in html
+    assert "http" not in html.replace("http-equiv", "")
+    text = CliRunner().invoke(main, arguments).stdout
+    assert "tokens changed, mean KL" in text
+    assert CliRunner().invoke(main, ["explain", "x"]).exit_code == 2
+
+
+@pytest.mark.model
+def test_at_strength_1_nothing_is_moved(amulet: Amulet) -> None:
+    conversation = Conversation(amulet)
+    ask(conversation, "Describe the sea.", prefer="creative", strength=1)
+    summary = explained.summarize(conversation.pieces)
+    assert summary.changed == 0
+    assert summary.mean_divergence < 1e-4
+    assert explained.strongest(conversation.pieces) == []

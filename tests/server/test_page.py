@@ -1,0 +1,268 @@
+"""The page in a real browser, against a real server."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fixture_types import Tiny
+from serving import Running, is_free, serving, until
+
+from amulet_gguf.server.guard import Access
+
+sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, _NAMES)), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Tiny) -> Iterator[Running]:
+    with serving(tiny("llama"), n_ctx=2048, max_tokens=1500) as running:
+        engine = running.service.wait_ready().engine
+        step = engine.step
+
+        def slow() -> bool:  # as a model of a useful size
+            time.sleep(0.02)
+            return step()
+
+        engine.step = slow  # type: ignore[method-assign]
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Running) -> Iterator[Any]:
+    page = browser.new_page()
+    complaints: list[str] = []
+    foreign: list[str] = []
+    page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith(server.url) else None)
+    page.goto(server.url)
+    page.get_by_role("button", name="concise").wait_for()
+    yield page
+    page.close()
+    assert [text for text in complaints if "404" not in text] == []  # a change that came too late
+    assert [url for url in foreign if not url.startswith("data:")] == []
+    until(lambda: is_free(server.service))
+
+
+def ask(page: Any, question: str = "How are you?") -> None:
+    page.get_by_label("Message").fill(question)
+    page.get_by_label("Message").press("Enter")
+
+
+def wait_for_end(page: Any) -> None:
+    page.get_by_text("tokens,").last.wait_for(timeout=60_000)
+
+
+def limit(page: Any, tokens: int) -> list[dict[str, Any]]:
+    """Make answers short; return the requests as they are made."""
+    bodies: list[dict[str, Any]] = []
+
+    def shorten(route: Any) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+            return
+        body = route.request.post_data_json
+        bodies.append(body)
+        route.continue_(post_data={**body, "max_tokens": tokens})
+
+    page.route("**/v1/chat/completions", shorten)
+    return bodies
+
+
+def test_a_question_gets_an_answer_and_a_history(page: Any) -> None:
+    bodies = limit(page, 20)
+    ask(page)
+    wait_for_end(page)
+    text = page.locator(".text").inner_text()
+    assert text
+    assert page.locator(".text span").count() > 5
+    ask(page, "And then?")
+    page.locator(".turn").nth(1).get_by_text("tokens,").wait_for()
+    roles = [message["role"] for message in bodies[1]["messages"]]
+    assert roles == ["user", "assistant", "user"]
+    page.get_by_role("button", name="New conversation").click()
+    assert page.locator(".turn").count() == 0
+    ask(page, "Again")
+    wait_for_end(page)
+    assert len(bodies[2]["messages"]) == 1
+
+
+def test_preferences_are_sent_with_their_weights(page: Any) -> None:
+    bodies = limit(page, 8)
+    page.get_by_role("button", name="concise").click()
+    page.get_by_label("Weight of concise").fill("0.5")
+    own = page.get_by_label("Add a preference of your own")
+    own.fill("Write for a child: simply.")
+    own.press("Enter")
+    ask(page)
+    wait_for_end(page)
+    assert bodies[0]["prefer"] == [
+        {"text": "concise", "weight": 0.5},
+        {"text": "Write for a child: simply.", "weight": 1},
+    ]
+    page.get_by_label("Remove Write for a child: simply.").click()
+    page.get_by_role("button", name="concise").click()
+    ask(page)
+    page.locator(".turn").nth(1).get_by_text("tokens,").wait_for()
+    assert bodies[1]["prefer"] == []
+
+
+def test_the_slider_acts_while_text_streams(page: Any, server: Running) -> None:
+    limit(page, 1500)
+    page.get_by_role("button", name="concise").click()
+    ask(page)
+    page.locator(".text span").nth(3).wait_for()
+    with page.expect_response(lambda r: r.request.method == "PATCH") as caught:
+        page.get_by_label("Strength", exact=True).fill("2")
+    assert caught.value.json()["strength"] == 2
+    assert "2.00" in page.locator("#amount").inner_text()
+    page.keyboard.press("Escape")
+    page.get_by_text("stopped").wait_for()
+
+
+def test_stop_ends_the_answer_and_keeps_it(page: Any, server: Running) -> None:
+    limit(page, 1500)
+    ask(page)
+    page.locator(".text span").nth(3).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("stopped").wait_for()
+    until(lambda: is_free(server.service))
+    assert page.locator(".text").inner_text()
+    assert page.get_by_role("button", name="Send").is_enabled()
+
+
+def test_side_by_side_writes_both_at_once(page: Any) -> None:
+    bodies = limit(page, 30)
+    page.get_by_role("button", name="formal").click()
+    page.get_by_label("Side by side").check()
+    ask(page)
+    for i in range(2):
+        page.locator(".answer").nth(i).get_by_text("tokens,").wait_for()
+    assert page.locator(".answer h2").all_inner_texts() == ["Base", "Realigned"]
+    assert sorted(body["strength"] for body in bodies)[0] == 0
+    assert all(page.locator(".text").all_inner_texts())
+    assert page.locator(".text").nth(0).locator("span.changed").count() == 0
+
+
+def test_tokens_are_shaded_and_explained(page: Any) -> None:
+    limit(page, 40)
+    page.get_by_role("button", name="concise").click()
+    ask(page)
+    wait_for_end(page)
+    token = page.locator(".text span[tabindex]").first
+    token.hover()
+    assert "nats" in page.locator("#why").inner_text()
+    assert float(token.evaluate("node => getComputedStyle(node).getPropertyValue('--shade')")) > 0
+    page.keyboard.press("Escape")
+    assert page.locator("#why").is_hidden()
+    shaded = token.evaluate("node => getComputedStyle(node).backgroundColor")
+    page.get_by_label("Shade changes").uncheck()
+    assert token.evaluate("node => getComputedStyle(node).backgroundColor") != shaded
+
+
+def test_the_keyboard_is_enough(page: Any) -> None:
+    limit(page, 1500)
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.keyboard.type("Hello")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("there")
+
+    def tab_to(test: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate(test):
+                return
+        raise AssertionError(test)
+
+    tab_to("document.activeElement.textContent === 'concise'")
+    page.keyboard.press("Space")
+    assert page.get_by_role("button", name="concise").get_attribute("aria-pressed") == "true"
+    tab_to("document.activeElement.id === 'strength'")
+    before = page.locator("#amount").inner_text()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#amount").inner_text() != before
+    tab_to("document.activeElement.id === 'send'")
+    page.keyboard.press("Enter")
+    page.locator(".text span").nth(2).wait_for()
+    assert page.locator(".question").inner_text() == "Hello\nthere"
+    page.keyboard.press("Escape")
+    page.get_by_text("stopped").wait_for()
+
+
+def test_what_looks_like_html_is_text(page: Any) -> None:
+    limit(page, 5)
+    ask(page, "<img src=x onerror=alert(1)><b>bold</b>")
+    wait_for_end(page)
+    assert page.locator(".question").inner_text() == "<img src=x onerror=alert(1)><b>bold</b>"
+    assert page.locator("main img, main b").count() == 0
+
+
+def test_errors_are_shown_and_can_be_tried_again(page: Any, server: Running) -> None:
+    calls = []
+
+    def fail_once(route: Any) -> None:
+        calls.append(route)
+        if len(calls) == 1:
+            body = 'data: {"error":{"message":"the model is tired"}}\n\n'
+            route.fulfill(status=200, content_type="text/event-stream", body=body)
+        else:
+            route.continue_(post_data={**route.request.post_data_json, "max_tokens": 5})
+
+    page.route("**/v1/chat/completions", fail_once)
+    ask(page)
+    page.get_by_text("the model is tired").wait_for()
+    page.get_by_role("button", name="Retry").click()
+    wait_for_end(page)
+    assert page.locator(".turn").count() == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(browser: Any, server: Running, scheme: str) -> None:
+    page = browser.new_page(color_scheme=scheme, viewport={"width": 360, "height": 640})
+    page.goto(server.url)
+    page.get_by_role("button", name="concise").wait_for()
+    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in colour.strip("rgb()").split(",")) / 3
+    assert (brightness > 127) == (scheme == "light")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.close()
+
+
+def test_a_key_is_asked_for_and_kept_for_the_visit(browser: Any, tiny: Tiny) -> None:
+    with serving(tiny("llama"), Access(api_key="secret")) as running:
+        page = browser.new_page()
+        page.goto(running.url)
+        page.get_by_label("asks for its key").fill("secret")
+        page.get_by_role("button", name="Use it").click()
+        page.get_by_role("button", name="concise").wait_for()
+        limit(page, 5)
+        ask(page)
+        wait_for_end(page)
+        page.close()
+
+
+def test_the_page_needs_nothing_else(server: Running) -> None:
+    answer = httpx.get(server.url)
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "://" not in answer.text
