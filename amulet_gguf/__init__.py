@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     __version__: str
 
     from amulet_gguf.amulet import Amulet, Stream
-    from amulet_gguf.engine.generation import Answer, Piece, Timings, Usage
+    from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
     from amulet_gguf.errors import (
         AmuletError,
         ClosedError,
@@ -65,7 +65,7 @@ __all__ = [
 # Imported when first used, because llama.cpp and Numba take most of a second.
 _HOMES = {
     "amulet": ("Amulet", "Stream"),
-    "engine.generation": ("Answer", "Piece", "Timings", "Usage"),
+    "engine.answer": ("Answer", "Piece", "Timings", "Usage"),
     "preferences": ("PRESETS", "Preference"),
     "method.realign": ("combine", "strength"),
     "service.service": ("AmuletService",),

@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Answer, Generation, Piece, Timings, Usage
+from amulet_gguf.engine.generation import Generation
 from amulet_gguf.errors import SettingError
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, check_fits

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeGuard
 
@@ -132,60 +131,4 @@ def _is_pair(value: object) -> TypeGuard[tuple[str, float]]:
         and len(value) == 2
         and isinstance(value[0], str)
         and isinstance(value[1], (int, float))
-    )
-
-
-def coefficients(weights: Sequence[float], strength: float) -> tuple[float, ...]:
-    """Return the coefficients of (base, preference 1, preference 2, …); they sum to 1.
-
-    `x = base + sum_k s w_k (pref_k - base)` is `(1 - s sum_k w_k) base + sum_k s w_k pref_k`.
-    """
-    scaled = [strength * weight for weight in weights]
-    base = 1.0 - math.fsum(scaled)
-    if abs(base) <= 2.0**-50 * math.fsum(map(abs, scaled)):
-        base = 0.0  # what rounding left: it must not count as a branch, or as extrapolation
-    return (base, *scaled)
-
-
-@dataclass(frozen=True)
-class Realignment:
-    """Which branches a generation needs, and how they become one distribution.
-
-    Attributes:
-        branches: 0 for the base, k for preference k.
-        coefficients: of these branches, summing to 1.
-        reference: of the distribution that judges plausibility: ordinary prompting, which is
-            strength 1.
-        plausibility: 0 where there is nothing to guard.
-    """
-
-    branches: tuple[int, ...]
-    coefficients: tuple[float, ...]
-    reference: tuple[float, ...]
-    plausibility: float
-
-
-def realign(
-    weights: Sequence[float], strength: float, plausibility: float, *, keep_branches: bool = False
-) -> Realignment:
-    """Plan a generation: strength 0 decodes the base alone, one preference at strength 1 itself alone.
-
-    Where all coefficients lie between 0 and 1, the result is a mean of the branches. It promotes no
-    token that all of them find improbable, so plausibility is left out, and so are unused branches,
-    unless `keep_branches`: the strength may then change at any token.
-    """
-    amounts = coefficients(weights, strength)
-    reference = coefficients(weights, 1.0)
-    branches = tuple(range(len(amounts)))
-    if all(0 <= amount <= 1 for amount in amounts):
-        plausibility = 0.0
-        if not keep_branches:
-            branches = tuple(branch for branch in branches if amounts[branch] != 0)
-        if any(reference[branch] != 0 for branch in range(len(amounts)) if branch not in branches):
-            reference = amounts
-    return Realignment(
-        branches,
-        tuple(amounts[branch] for branch in branches),
-        tuple(reference[branch] for branch in branches),
-        plausibility,
     )

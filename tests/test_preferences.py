@@ -11,16 +11,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from amulet_gguf.errors import SettingError
-from amulet_gguf.preferences import (
-    MAX_PREFERENCES,
-    MAX_WEIGHT,
-    PRESETS,
-    Preference,
-    Realignment,
-    as_preferences,
-    coefficients,
-    realign,
-)
+from amulet_gguf.method.mixture import Realignment, coefficients, realign
+from amulet_gguf.preferences import MAX_PREFERENCES, MAX_WEIGHT, PRESETS, Preference, as_preferences
 
 EIGHT = ["complex", "concise", "creative", "formal", "pleasant", "sycophantic", "uplifting", "verbose"]
 NOT_A_WEIGHT = [math.nan, math.inf, -math.inf, 10.001, -10.001, 1e300, 10**400]

@@ -234,7 +234,7 @@ class _Worker:
 
     def answer(self, record: Record) -> dict[str, Any]:
         from amulet_gguf.batch.run import result
-        from amulet_gguf.engine.generation import Answer
+        from amulet_gguf.engine.answer import Answer
 
         answer: Answer | AmuletError
         try:

@@ -11,7 +11,7 @@ import psutil
 
 from amulet_gguf.amulet import Amulet, Stream
 from amulet_gguf.batch.records import Record
-from amulet_gguf.engine.generation import Answer
+from amulet_gguf.engine.answer import Answer
 from amulet_gguf.errors import AmuletError, BatchError, ClosedError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.prompts.planning import Planner

@@ -14,12 +14,12 @@ import psutil
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Mixture, Request
+from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.mixture import Mixture, coefficients
 from amulet_gguf.method.realign import combine
 from amulet_gguf.method.sampling import Sampler
-from amulet_gguf.preferences import coefficients
 from amulet_gguf.settings import Settings
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]

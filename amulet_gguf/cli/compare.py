@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-    from amulet_gguf.engine.generation import Piece
+    from amulet_gguf.engine.answer import Piece
 
 _LINEAR_ALIGNMENT = 3.0  # its reference implementation's ratio of 2: strength = 1 + ratio
 _MIN_COLUMN = 24

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from amulet_gguf.engine.generation import Piece
+    from amulet_gguf.engine.answer import Piece
 
 _SHADES = ("", "on grey23", "on #5c3d00", "on #8a5a00", "on #c47f00")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from amulet_gguf.engine.generation import Piece
+from amulet_gguf.engine.answer import Piece
 
 #: KL in nats from which a token is shaded fully.
 FULL: Final = 2.0

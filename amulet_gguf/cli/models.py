@@ -74,8 +74,8 @@ def list_models(as_json: bool) -> None:
 def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     """Show what a model is, and the memory it will need."""
     from amulet_gguf.cli.terminal import Output, printable
-    from amulet_gguf.llama.gguf import read_header
-    from amulet_gguf.llama.memory import estimate, parts
+    from amulet_gguf.llama.gguf import parts, read_header
+    from amulet_gguf.llama.memory import estimate
     from amulet_gguf.models.find import find_model
 
     path = find_model(name)
@@ -143,8 +143,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
 def rm(name: str, yes: bool) -> None:
     """Delete a model that was pulled."""
     from amulet_gguf.home.paths import models_folder
-    from amulet_gguf.llama.gguf import shown
-    from amulet_gguf.llama.memory import parts
+    from amulet_gguf.llama.gguf import parts, shown
     from amulet_gguf.models.find import find_model
 
     path = find_model(name)
@@ -206,8 +205,7 @@ def _default() -> Path | None:
 
 
 def _row(model: Installed, used: Path | None) -> dict[str, Any]:
-    from amulet_gguf.llama.gguf import quantization_in, read_header
-    from amulet_gguf.llama.memory import parts
+    from amulet_gguf.llama.gguf import parts, quantization_in, read_header
 
     row: dict[str, Any] = {
         "name": model.name,

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from amulet_gguf.amulet import Amulet, Stream
-from amulet_gguf.engine.generation import Generation, Piece, Request
+from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.prompts.template import Encoded, Message, conversation, with_preference
 from amulet_gguf.settings import Options, Settings
 

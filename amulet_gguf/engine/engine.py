@@ -17,17 +17,11 @@ from typing import Final
 
 import numpy as np
 
-from amulet_gguf.engine.generation import (
-    Context,
-    Generation,
-    Piece,
-    Request,
-    Tokens,
-    Vocabulary,
-    common_prefix,
-)
+from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.generation import Context, Generation, Request, common_prefix
 from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError, QueueFullError
-from amulet_gguf.method.realign import Float32Array
+from amulet_gguf.method.arrays import Float32Array, Tokens
+from amulet_gguf.method.vocabulary import Detokenizer
 
 # Below this, what a sequence holds is not worth a copy of it.
 _MIN_REUSED: Final = 16
@@ -38,7 +32,7 @@ class Engine:
 
     def __init__(
         self,
-        vocabulary: Vocabulary,
+        detokenizer: Detokenizer,
         make_context: Callable[[int], Context],
         n_sequences: int = 2,
         max_waiting: int = 1024,
@@ -46,17 +40,17 @@ class Engine:
         """Make the first context.
 
         Args:
-            vocabulary: the model's.
+            detokenizer: the model.
             make_context: makes a context for a number of sequences. It is called again, when no
                 generation is live, for one that needs more sequences than there are.
             n_sequences: sequences to begin with.
             max_waiting: generations that may be queued, those with sequences not counted.
         """
-        self._vocabulary = vocabulary
+        self._detokenizer = detokenizer
         self._make_context = make_context
         self._context = make_context(n_sequences)
         self._max_waiting = max_waiting
-        self._row = np.empty(vocabulary.n_vocab, np.float32)
+        self._row = np.empty(detokenizer.n_vocab, np.float32)
         self._waiting: deque[Generation] = deque()
         self._live: list[Generation] = []  # in the order of their sequences
         self._held: dict[int, Tokens] = {}  # what sequences hold that no generation has
@@ -229,7 +223,7 @@ class Engine:
         if generation.is_finished:  # cancelled since its rows were added
             return
         try:
-            generation.advance(logits, self._row, self._vocabulary)
+            generation.advance(logits, self._row, self._detokenizer)
         except AmuletError as error:
             generation.fail(error)
         if not generation.is_finished and any(

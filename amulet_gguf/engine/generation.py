@@ -6,31 +6,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from amulet_gguf.engine.answer import Answer, FinishReason, Piece, Timings, Usage
 from amulet_gguf.engine.text import TextAssembler
-from amulet_gguf.method.adaptive import Adapt, adapted, withhold
+from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.explanation import Explanation, explain
-from amulet_gguf.method.realign import Float32Array, argmax, combine_unchecked, log_plausibility
+from amulet_gguf.method.mixture import Mixture
+from amulet_gguf.method.realign import argmax
 from amulet_gguf.method.sampling import Sampler
-
-Tokens = npt.NDArray[np.int32]
-FinishReason = Literal["stop", "length", "cancelled"]
+from amulet_gguf.method.vocabulary import Detokenizer
 
 # Sharing a prefix costs a copy of a whole sequence's cache; below this it is read per branch instead.
 _MIN_SHARED: Final = 16
-
-
-class Vocabulary(Protocol):
-    """What the engine needs of `amulet_gguf.llama.model.Model`."""
-
-    @property
-    def n_vocab(self) -> int: ...
-    def token_bytes(self, token: int) -> bytes: ...
-    def ends_generation(self, token: int) -> bool: ...
 
 
 class Context(Protocol):
@@ -54,114 +44,6 @@ class Context(Protocol):
     def free(self, sequence: int) -> None: ...
     def clear(self) -> None: ...
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step added to an answer.
-
-    Attributes:
-        text: text that is now certain; may be empty, for characters and stop strings under way.
-        token: the token's id; None where the answer ended without one.
-        changed: realignment put another token first here than ordinary prompting does.
-        finish_reason: set on the last piece: "stop" (end of text, or a stop string), "length"
-            (max_tokens or the context is used up), "cancelled".
-        explanation: what realignment did here, where the request asked for it.
-    """
-
-    text: str
-    token: int | None = None
-    changed: bool = False
-    finish_reason: FinishReason | None = None
-    explanation: Explanation | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Counts of tokens.
-
-    Attributes:
-        prompt_tokens: of the longest branch.
-        prefill_tokens: read before the answer, over all branches, a shared prefix counted once.
-        completion_tokens: of the answer.
-    """
-
-    prompt_tokens: int
-    prefill_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Wall-clock times of one generation, in seconds.
-
-    Attributes:
-        queue: from the request to the first step made for it.
-        prefill: from there to the first token.
-        decode: from the first token to the end.
-        tokens_per_second: of decode, the first token left out; 0 where there is only one.
-    """
-
-    queue: float
-    prefill: float
-    decode: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer.
-
-    Attributes:
-        text: all of it.
-        finish_reason: see `Piece`.
-        usage, timings: what it took.
-        pieces: the steps it was made of.
-    """
-
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
-    pieces: Sequence[Piece]
-
-
-class Mixture:
-    """How the logits of B branches become one distribution.
-
-    Attributes:
-        coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`).
-        reference: (B,) of the reference distribution, summing to 1; judges plausibility and `changed`.
-        margin: of plausibility, in nats.
-        adapt: how far each token goes from `anchor` to `coefficients`.
-        anchor: (B,) coefficients without extrapolation; needed unless adapt is "none".
-        withheld: tokens that are not amplified.
-    """
-
-    def __init__(
-        self,
-        coefficients: Sequence[float],
-        reference: Sequence[float],
-        plausibility: float = 0.0,
-        *,
-        adapt: Adapt = "none",
-        anchor: Sequence[float] = (),
-        withheld: Tokens | None = None,
-    ) -> None:
-        self.coefficients = np.array(coefficients, np.float64)
-        self.reference = np.array(reference, np.float64)
-        self.margin = log_plausibility(plausibility)
-        self.adapt = adapt
-        self.anchor = np.array(anchor, np.float64)
-        self.withheld = withheld
-
-    def combine(self, logits: Float32Array, out: Float32Array) -> int:
-        """Combine (B, V) logits into `out` (V,); return the best token of ordinary prompting."""
-        coefficients = adapted(logits, self.coefficients, self.anchor, self.reference, self.adapt)
-        prompted = combine_unchecked(logits, coefficients, self.margin, self.reference, out)
-        if self.withheld is not None:
-            withhold(logits, coefficients, self.reference, self.withheld, out)
-        return prompted
 
 
 @dataclass(frozen=True)
@@ -307,7 +189,7 @@ class Generation:
             self.n_read += sum(takes)
         return ready
 
-    def advance(self, logits: Float32Array, row: Float32Array, vocabulary: Vocabulary) -> None:
+    def advance(self, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer) -> None:
         """Choose the next token from the branches' logits.
 
         Args:
@@ -322,17 +204,17 @@ class Generation:
         token = self.request.sampler.sample(row)
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        if vocabulary.ends_generation(token):
+        if detokenizer.ends_generation(token):
             self.finish("stop")
             return
         explanation = None
         if n_alternatives:
             explanation = explain(
-                logits, mixture.reference, combined, token, vocabulary.token_bytes, n_alternatives
+                logits, mixture.reference, combined, token, detokenizer.token_bytes, n_alternatives
             )
         self._written.append(token)
         self.pending = [np.array([token], np.int32)] * self.n_branches
-        text = self._text.push(vocabulary.token_bytes(token))
+        text = self._text.push(detokenizer.token_bytes(token))
         if self._text.stopped:
             self.finish("stop", text, token, changed, explanation)
         elif self.n_tokens >= self.request.max_tokens:

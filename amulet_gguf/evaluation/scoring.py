@@ -10,12 +10,11 @@ from typing import Final
 
 import numpy as np
 
-from amulet_gguf.engine.generation import Tokens
 from amulet_gguf.errors import PromptTooLongError, SettingError
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.adaptive import log_sum
-from amulet_gguf.method.realign import Float64Array
+from amulet_gguf.method.arrays import Float64Array, Tokens
 from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import conversation, with_preference

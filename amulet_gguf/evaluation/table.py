@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from amulet_gguf.method.realign import Float64Array
+from amulet_gguf.method.arrays import Float64Array
 
 #: The preference of a result that is the mean over all of them.
 ALL: Final = "all"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 import weakref
 
 import numpy as np
 import psutil
 
 from amulet_gguf.errors import ClosedError, EngineError, SettingError
-from amulet_gguf.llama.model import Model, Tokens, because, can_offload, lib, recent_errors
-from amulet_gguf.method.realign import Float32Array
+from amulet_gguf.llama.memory import check_cache
+from amulet_gguf.llama.model import Model, because, can_offload, lib, recent_errors
+from amulet_gguf.llama.state import fit_streams
+from amulet_gguf.method.arrays import Float32Array, Tokens
 
 
 def default_threads() -> int:
@@ -67,8 +68,9 @@ class Context:
             SettingError: an argument out of range.
             EngineError: the memory could not be had.
         """
+        is_offloaded = model.n_gpu_layers != 0 and can_offload()
         if n_batch is None:
-            n_batch = max(n_sequences, 512 if model.n_gpu_layers and can_offload() else 128)
+            n_batch = max(n_sequences, 512 if is_offloaded else 128)
         if n_ctx < 1:
             raise SettingError(f"n_ctx must be at least 1, got {n_ctx}")
         if not 1 <= n_sequences <= max_sequences():
@@ -88,7 +90,8 @@ class Context:
                 f"a context of {n_ctx} tokens for {n_sequences} sequences is too large: lower n_ctx"
             )
 
-        _check_memory(model, n_ctx, n_sequences)
+        if not is_offloaded:  # a GPU's own memory: llama.cpp tells when there is no room
+            check_cache(model.cache_bytes(n_ctx, n_sequences), n_ctx, n_sequences)
 
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = n_ctx * n_sequences
@@ -97,7 +100,7 @@ class Context:
         parameters.n_outputs_max = n_outputs
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = False
-        if not (model.n_gpu_layers and can_offload()):
+        if not is_offloaded:
             # On a CPU, reading at 2,000 tokens of context is 1.2 to 1.7 times as fast without.
             parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.model = model
@@ -251,7 +254,8 @@ class Context:
 
     @property
     def can_truncate(self) -> bool:
-        """Whether a sequence can be cut short: not those that a state stands for, not their tokens."""
+        """Whether `truncate` can cut a sequence short. Recurrent layers keep one state for all that was
+        read, not a cell per token, so that nothing can be taken back from it."""
         model = self.model.handle
         return not (lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model))
 
@@ -309,7 +313,7 @@ class Context:
         self.free(sequence)
         model = self.model.handle
         if self.can_truncate and lib.llama_model_n_swa(model) == 0:
-            data = _fit_streams(data, length, self.n_sequences)
+            data = fit_streams(data, length, self.n_sequences)
         array = np.frombuffer(data, np.uint8)
         pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         read = lib.llama_state_seq_set_data(self._context, pointer, len(data), sequence)
@@ -335,37 +339,3 @@ class Context:
         lib.llama_memory_clear(self._memory, True)
         self._lengths = [0] * self.n_sequences
         self._n_rows = self._n_outputs = 0
-
-
-def _fit_streams(data: bytes, n_cells: int, n_streams: int) -> bytes:
-    """Return the saved memory of a sequence for a context of another number of sequences.
-
-    After two words of its own, llama.cpp writes the number of streams, then for each the count of its
-    cells, which is 0 but for the one that holds the sequence, and the cells behind it. It refuses to
-    read another number.
-    """
-    try:
-        (before,) = struct.unpack_from("<I", data, 8)
-        start = 12
-        while struct.unpack_from("<I", data, start) == (0,):
-            start += 4
-        end = len(data) - 4 * (before - 1 - (start - 12) // 4)
-        is_known = struct.unpack_from("<I", data, start) == (n_cells,) and not any(data[end:])
-    except struct.error:
-        is_known = False
-    if not is_known:
-        raise EngineError("the saved memory of the conversation is of an unknown form")
-    return data[:8] + struct.pack("<I", n_streams) + data[start:end] + bytes(4 * (n_streams - 1))
-
-
-def _check_memory(model: Model, n_ctx: int, n_sequences: int) -> None:
-    """Refuse a cache that the machine cannot hold: the system might end the process instead."""
-    if can_offload() and model.n_gpu_layers:
-        return  # it goes to the GPU, and llama.cpp tells when there is no room
-    needed = model.cache_bytes(n_ctx, n_sequences)
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise EngineError(
-            f"the cache of {n_sequences} x {n_ctx} tokens needs {needed / 1e9:.1f} GB and "
-            f"{available / 1e9:.1f} GB of memory are free: lower n_ctx or the number of preferences"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import mmap
 import re
@@ -32,6 +33,8 @@ FILE_TYPES: Final = {
     25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M",
     32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0",
 }  # fmt: skip
+#: What ends the name of a file that is part of a model: its number, and how many there are.
+SPLIT: Final = re.compile(r"-([0-9]{5})-of-([0-9]{5})\Z")
 _GUESSED: Final = 1024  # a bit that is set where llama.cpp guessed the type
 _IN_NAME: Final = re.compile(
     r"(?<![A-Z0-9])(I?Q\d_[A-Z0-9]+(_[A-Z0-9]+)?|TQ[12]_0|MXFP4|NVFP4|BF16|F16|F32)(?![A-Z0-9])"
@@ -115,6 +118,15 @@ def read_header(path: Path, *, brief: bool = False) -> Header:
         raise ModelFormatError(
             f"{shown(path)} is damaged or incomplete ({error}): download it again"
         ) from None
+
+
+def parts(path: Path) -> list[Path]:
+    """Return all files of a model, of which `path` is the only or the first one."""
+    match = SPLIT.search(path.stem)
+    if match is None or int(match[1]) != 1:
+        return [path]
+    base, digit = glob.escape(path.stem[: match.start()]), "[0-9]"
+    return sorted(path.parent.glob(f"{base}-{digit * 5}-of-{match[2]}.gguf"))
 
 
 def quantization_in(name: str) -> str:

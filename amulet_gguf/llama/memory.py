@@ -1,9 +1,7 @@
-"""How much memory a model will take, told from its file before it is loaded."""
+"""How much memory (RAM) a model will take, told from its file before it is loaded."""
 
 from __future__ import annotations
 
-import glob
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,11 +9,10 @@ from typing import Final
 import psutil
 
 from amulet_gguf.errors import EngineError
-from amulet_gguf.llama.gguf import Header, read_header, shown
+from amulet_gguf.llama.gguf import Header, parts, read_header, shown
 
 #: Context of a model that could take more: the memory of a cache grows with it.
 DEFAULT_N_CTX: Final = 4096
-_FIRST_PART: Final = re.compile(r"(.+)-00001-of-([0-9]{5})", re.DOTALL)
 _CELLS: Final = 256  # a context is a multiple of it
 # Python, numba and LLVM take 110 MB. The rest was fitted to what `amulet bench` measured: 183 MB beyond
 # model and cache with V = 49,152, and 242 MB with V = 151,936.
@@ -24,8 +21,8 @@ _PER_TOKEN_OF_VOCABULARY: Final = 575
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a loaded model takes.
+class Estimate:
+    """Bytes of RAM that a loaded model takes.
 
     Attributes:
         weights: the file or files.
@@ -42,13 +39,13 @@ class Memory:
         return self.weights + self.cache + self.work
 
 
-def estimate(header: Header, weights: int, n_ctx: int, n_sequences: int) -> Memory:
+def estimate(header: Header, weights: int, n_ctx: int, n_sequences: int) -> Estimate:
     """Estimate the memory of a model with a context of n_ctx tokens for each of its sequences.
 
     Args:
         weights: bytes of the file or files.
     """
-    return Memory(
+    return Estimate(
         weights=weights,
         cache=cache_bytes(header, -(-n_ctx // _CELLS) * _CELLS, n_sequences),
         work=_BASE + _PER_TOKEN_OF_VOCABULARY * header.n_vocab,
@@ -104,13 +101,18 @@ def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int |
     )
 
 
-def parts(path: Path) -> list[Path]:
-    """Return all files of a model, of which `path` is the only or the first one."""
-    match = _FIRST_PART.fullmatch(path.stem)
-    if not match:
-        return [path]
-    base, count = match.groups()
-    return sorted(path.parent.glob(f"{glob.escape(base)}-[0-9][0-9][0-9][0-9][0-9]-of-{count}.gguf"))
+def check_cache(n_bytes: int, n_ctx: int, n_sequences: int) -> None:
+    """Refuse a cache that the machine cannot hold: the system might end the process instead.
+
+    Raises:
+        EngineError: with what would help.
+    """
+    available = psutil.virtual_memory().available
+    if n_bytes > available:
+        raise EngineError(
+            f"the cache of {n_sequences} x {n_ctx} tokens needs {n_bytes / 1e9:.1f} GB and "
+            f"{available / 1e9:.1f} GB of memory are free: lower n_ctx or the number of preferences"
+        )
 
 
 def _gb(n_bytes: int) -> str:

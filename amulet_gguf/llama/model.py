@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from amulet_gguf.errors import (
     ClosedError,
@@ -31,6 +30,7 @@ from amulet_gguf.errors import (
 from amulet_gguf.llama.gguf import Header, check_magic, read_header
 from amulet_gguf.llama.memory import cache_bytes
 from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
+from amulet_gguf.method.arrays import Tokens
 
 # Both are read when the libraries load. Spinning OpenMP barriers make two processes that share the
 # cores a hundred times slower; a thousand spins keep a lone process as fast. And without the second,
@@ -42,8 +42,6 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 from llama_cpp import llama_cpp
 
 lib = llama_cpp  # others take it from here, so that it never loads before the lines above
-
-Tokens = npt.NDArray[np.int32]
 
 logger = logging.getLogger(__name__)
 
@@ -193,11 +191,6 @@ class Model:
     def chat_template(self) -> str | None:
         """The file's own chat template (Jinja), if it has one."""
         return self.metadata("tokenizer.chat_template")
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return int(lib.llama_model_size(self.handle))
 
     def cache_bytes(self, n_ctx: int, n_sequences: int) -> int:
         """Estimate the KV cache of a context, as if all layers attended to all of it (in float16)."""

@@ -6,19 +6,17 @@ combination extrapolates; interpolations are left alone.
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from amulet_gguf.method._kernel import kernel
-from amulet_gguf.method.realign import Float32Array, Float64Array, argmax
+from amulet_gguf.method.arrays import BLOCK, Float32Array, Float64Array
+from amulet_gguf.method.realign import argmax
 from amulet_gguf.method.sampling import exp_below
+from amulet_gguf.settings import Adapt
 
-#: How the strength follows the distributions of each token.
-Adapt = Literal["none", "divergence", "entropy"]
-
-_BLOCK: Final = 1024
 _NEGLIGIBLE: Final = 1e-7  # mean probability below which a token is left out of a divergence
 
 
@@ -91,23 +89,23 @@ def mixed(logits: Float32Array, weights: Float64Array) -> Float32Array:
 @kernel()
 def log_sum(logits: Float32Array) -> float:
     """Return log sum exp of (V,) logits."""
-    weights = np.empty(_BLOCK, np.float32)
+    weights = np.empty(BLOCK, np.float32)
     peak = logits[argmax(logits)]
     total = 0.0
-    for start in range(0, logits.size, _BLOCK):
-        total += exp_below(logits[start : start + _BLOCK], peak, 1.0, weights)
+    for start in range(0, logits.size, BLOCK):
+        total += exp_below(logits[start : start + BLOCK], peak, 1.0, weights)
     return float(peak + np.log(total))
 
 
 @kernel()
 def _entropy(logits: Float32Array) -> float:
     """Return the entropy of (V,) logits, in nats."""
-    weights = np.empty(_BLOCK, np.float32)
+    weights = np.empty(BLOCK, np.float32)
     peak = logits[argmax(logits)]
     total = 0.0
     moment = 0.0
-    for start in range(0, logits.size, _BLOCK):
-        block = logits[start : start + _BLOCK]
+    for start in range(0, logits.size, BLOCK):
+        block = logits[start : start + BLOCK]
         total += exp_below(block, peak, 1.0, weights)
         for v in range(block.size):
             moment += weights[v] * (block[v] - peak)
@@ -119,12 +117,12 @@ def _divergence(first: Float32Array, second: Float32Array) -> float:
     """Return the Jensen-Shannon divergence of two rows of (V,) logits, in bits: 0 to 1."""
     log_first = np.float32(log_sum(first))
     log_second = np.float32(log_sum(second))
-    p = np.empty(_BLOCK, np.float32)
-    q = np.empty(_BLOCK, np.float32)
+    p = np.empty(BLOCK, np.float32)
+    q = np.empty(BLOCK, np.float32)
     total = 0.0
-    for start in range(0, first.size, _BLOCK):
-        a = first[start : start + _BLOCK]
-        b = second[start : start + _BLOCK]
+    for start in range(0, first.size, BLOCK):
+        a = first[start : start + BLOCK]
+        b = second[start : start + BLOCK]
         exp_below(a, log_first, 1.0, p)
         exp_below(b, log_second, 1.0, q)
         for v in range(a.size):

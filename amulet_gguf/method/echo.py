@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
+
+from amulet_gguf.method.arrays import Tokens
+from amulet_gguf.method.vocabulary import Vocabulary
 
 _MIN_LETTERS: Final = 4  # shorter words hold sentences together
 _MIN_TOKEN: Final = 4  # shorter tokens begin many other words
@@ -19,13 +21,6 @@ _SUFFIXES: Final = (
     "", "s", "es", "e", "ed", "d", "ing", "ly", "ely", "al", "ally", "y", "ity", "ness", "eness",
     "ion", "ions", "er", "est", "ive", "ively", "able",
 )  # fmt: skip
-
-
-class Vocabulary(Protocol):
-    """What is needed of `amulet_gguf.llama.model.Model` here."""
-
-    def tokenize(self, text: str, *, special: bool = ...) -> npt.NDArray[np.int32]: ...
-    def token_bytes(self, token: int) -> bytes: ...
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,7 +39,7 @@ def inflections(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def echo_tokens(vocabulary: Vocabulary, texts: Iterable[str]) -> npt.NDArray[np.int32]:
+def echo_tokens(vocabulary: Vocabulary, texts: Iterable[str]) -> Tokens:
     """Return the tokens, (n,) int32 ascending, with which the words of texts begin."""
     tokens: set[int] = set()
     for text in texts:

@@ -11,10 +11,8 @@ import numpy.typing as npt
 
 from amulet_gguf.method._kernel import kernel
 from amulet_gguf.method.adaptive import log_sum, mixed
-from amulet_gguf.method.realign import Float32Array, Float64Array
+from amulet_gguf.method.arrays import BLOCK, Float32Array, Float64Array
 from amulet_gguf.method.sampling import exp_below
-
-_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,11 @@ def kl(row: Float32Array, log_row: float, plain: Float32Array, log_plain: float)
     Args:
         log_row, log_plain: their log sum exp.
     """
-    weights = np.empty(_BLOCK, np.float32)
+    weights = np.empty(BLOCK, np.float32)
     total = 0.0
-    for start in range(0, row.size, _BLOCK):
-        a = row[start : start + _BLOCK]
-        b = plain[start : start + _BLOCK]
+    for start in range(0, row.size, BLOCK):
+        a = row[start : start + BLOCK]
+        b = plain[start : start + BLOCK]
         exp_below(a, np.float32(log_row), 1.0, weights)
         for v in range(a.size):
             if weights[v] > 0:

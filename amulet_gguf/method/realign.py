@@ -18,11 +18,8 @@ import numpy.typing as npt
 
 from amulet_gguf.errors import NonFiniteLogitsError, SettingError
 from amulet_gguf.method._kernel import kernel
+from amulet_gguf.method.arrays import BLOCK, Float32Array, Float64Array
 
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-
-_BLOCK: Final = 1024  # columns worked on at a time: 8 KB of accumulators stay in the L1 cache
 _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
 
@@ -74,8 +71,8 @@ def combine(
     """Combine the logits of a generation's branches into one row: `out = coefficients @ logits`.
 
     Row 0 is the base, the others are preferences. For one preference and strength s the coefficients
-    are (1 - s, s), which is `r + s (p - r)`; `amulet_gguf.preferences.coefficients` makes them for any
-    number. They sum to 1, so log-softmax is not needed first: its constants cancel.
+    are (1 - s, s), which is `r + s (p - r)`; `amulet_gguf.method.mixture.coefficients` makes them
+    for any number. They sum to 1, so log-softmax is not needed first: its constants cancel.
 
     Plausibility masks tokens that ordinary prompting finds improbable *before* extrapolation can
     promote them (the constraint of contrastive decoding, Li et al. 2023, arXiv 2210.15097): tokens
@@ -208,13 +205,13 @@ def argmax(values: Float32Array) -> int:
     """
     largest = np.int32(-(2**31))
     best_start = 0
-    for start in range(0, values.size, _BLOCK):
-        key = largest_key(values[start : start + _BLOCK])
+    for start in range(0, values.size, BLOCK):
+        key = largest_key(values[start : start + BLOCK])
         if key > largest:
             largest = key
             best_start = start
     best = best_start
-    for v in range(best_start, min(best_start + _BLOCK, values.size)):
+    for v in range(best_start, min(best_start + BLOCK, values.size)):
         if values[v] > values[best]:
             best = v
     return best
@@ -247,20 +244,20 @@ def _combine(
     if not np.abs(coefficients).sum() * magnitude <= _FLOAT32_MAX:  # also where it is NaN
         return -1
 
-    mixed = np.empty(_BLOCK, np.float64)
+    mixed = np.empty(BLOCK, np.float64)
     judged = logits[np.argmax(reference)]
     if np.count_nonzero(reference) > 1:  # else the one that is not 0 is 1, and its row the reference
         judged = np.empty(n_vocab, np.float32)
-        for start in range(0, n_vocab, _BLOCK):
-            part = judged[start : start + _BLOCK]
+        for start in range(0, n_vocab, BLOCK):
+            part = judged[start : start + BLOCK]
             _mix(logits, reference, start, mixed[: part.size])
             part[:] = mixed[: part.size]
     best = argmax(judged)
 
     floor = np.float32(judged[best] + margin)
-    for start in range(0, n_vocab, _BLOCK):
-        part = out[start : start + _BLOCK]
-        judged_part = judged[start : start + _BLOCK]
+    for start in range(0, n_vocab, BLOCK):
+        part = out[start : start + BLOCK]
+        judged_part = judged[start : start + BLOCK]
         _mix(logits, coefficients, start, mixed[: part.size])
         for v in range(part.size):
             part[v] = np.float32(mixed[v]) if judged_part[v] >= floor else np.float32(-np.inf)

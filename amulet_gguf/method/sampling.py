@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from amulet_gguf.method._kernel import kernel
-from amulet_gguf.method.realign import Float32Array, argmax, largest_key
+from amulet_gguf.method.arrays import BLOCK, Float32Array
+from amulet_gguf.method.realign import argmax, largest_key
 
-_BLOCK: Final = 1024
 _MAX_SCALE: Final = 1e30  # leaves the best tokens alone as surely as infinity, without its NaN
 _LOWEST: Final = np.finfo(np.float32).min  # below it there are only masked tokens
 _FIRST_WINDOW: Final = 4.0  # nats below the best logit; holds the nucleus of most real rows
@@ -118,8 +118,8 @@ def _gather(logits: Float32Array, floor: np.float32, found: npt.NDArray[np.int32
     """Write the indices of logits >= floor into `found`, ascending; return how many they are."""
     floor_key = largest_key(np.array([floor], np.float32))
     count = 0
-    for start in range(0, logits.size, _BLOCK):
-        block = logits[start : start + _BLOCK]
+    for start in range(0, logits.size, BLOCK):
+        block = logits[start : start + BLOCK]
         if largest_key(block) >= floor_key:
             for v in range(block.size):
                 if block[v] >= floor:
@@ -135,15 +135,15 @@ def _draw(
     """Return a token of the filtered distribution by inversion; `uniform` is in [0, 1)."""
     n_vocab = logits.size
     peak = logits[argmax(logits)]
-    weights = np.empty(_BLOCK, np.float32)
+    weights = np.empty(BLOCK, np.float32)
 
     # Find the candidates: all those within a window below the peak, which holds what top-k and top-p
     # keep. Widening it until it does costs less than sorting the vocabulary, and is as exact.
     candidates = np.empty(n_vocab, np.int32)
     total = 0.0
     if top_p < 1.0 and top_k == 0:
-        for start in range(0, n_vocab, _BLOCK):
-            total += exp_below(logits[start : start + _BLOCK], peak, 1.0, weights)
+        for start in range(0, n_vocab, BLOCK):
+            total += exp_below(logits[start : start + BLOCK], peak, 1.0, weights)
     sorting = top_k > 0 or top_p < 1.0
     window = _FIRST_WINDOW if sorting else -log_min_p
     while True:
@@ -183,15 +183,15 @@ def _draw(
 
     # Invert the cumulative distribution, whole blocks first.
     kept = logits[candidates[:n]]
-    sums = np.empty((n + _BLOCK - 1) // _BLOCK, np.float64)
+    sums = np.empty((n + BLOCK - 1) // BLOCK, np.float64)
     for i in range(sums.size):
-        sums[i] = exp_below(kept[i * _BLOCK : (i + 1) * _BLOCK], peak, scale, weights)
+        sums[i] = exp_below(kept[i * BLOCK : (i + 1) * BLOCK], peak, scale, weights)
     target = uniform * sums.sum()
     i = 0
     while i < sums.size - 1 and target >= sums[i]:
         target -= sums[i]
         i += 1
-    block = kept[i * _BLOCK : (i + 1) * _BLOCK]
+    block = kept[i * BLOCK : (i + 1) * BLOCK]
     exp_below(block, peak, scale, weights)
     chosen = 0
     for v in range(block.size):
@@ -200,4 +200,4 @@ def _draw(
             if target < weights[v]:
                 break
             target -= weights[v]
-    return int(candidates[i * _BLOCK + chosen])
+    return int(candidates[i * BLOCK + chosen])

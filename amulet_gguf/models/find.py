@@ -16,10 +16,10 @@ from typing import Final
 
 from amulet_gguf.errors import ModelNotFoundError
 from amulet_gguf.home.paths import models_folder
+from amulet_gguf.llama.gguf import SPLIT
 
 _MAX_FILES: Final = 2000  # looked at in one folder
 _MAX_MANIFEST: Final = 2**20  # bytes
-_PART: Final = re.compile(r"-(\d{5})-of-\d{5}$")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def installed() -> list[Installed]:
 
 def _names(path: Path, place: str, source: str) -> list[str]:
     """Return the names a model may have, the shortest first."""
-    name = place if source == "ollama" else _PART.sub("", path.stem)
+    name = place if source == "ollama" else SPLIT.sub("", path.stem)
     owner = place.partition("/")[0]
     names = [name, f"{owner}/{name}", f"{place}/{name}", f"{source.replace(' ', '-')}/{place}/{name}"]
     return [_printable(each.lower()) for each in names]
@@ -200,7 +200,7 @@ def _below(folder: Path) -> list[Path]:
     for root, folders, files in os.walk(folder):  # does not follow links to folders
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         for file in sorted(files):
-            part = _PART.search(Path(file).stem)
+            part = SPLIT.search(Path(file).stem)
             is_first = part is None or int(part[1]) == 1
             if file.endswith(".gguf") and is_first and not file.startswith((".", "mmproj")):
                 found.append(Path(root, file))

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from amulet_gguf.errors import DownloadError, SettingError
+from amulet_gguf.llama.gguf import SPLIT
 from amulet_gguf.models.catalogue import CATALOGUE
 
 #: Quantizations in the order in which one is chosen where none is named.
@@ -26,7 +27,6 @@ _TRIES: Final = 4
 _TIMEOUT: Final = 30.0  # seconds without an answer; the client would wait forever
 _SPARE: Final = 64 * 2**20  # bytes of disk that are left alone
 _PREFIXES: Final = ("https://huggingface.co/", "hf.co/", "huggingface.co/")
-_PART: Final = re.compile(r"-(\d{5})-of-(\d{5})$")
 _WORD: Final = r"[A-Za-z0-9][\w.-]*"
 _SOURCE: Final = re.compile(
     rf"(?P<repo>{_WORD}/{_WORD})(?:/tree/main|(?:/(?:blob|resolve)/main)?/(?P<file>[^?]+\.gguf)"
@@ -191,12 +191,12 @@ def _choose(source: Source, remotes: list[_Remote]) -> list[_Remote]:
 
 def _group(name: str) -> str:
     """Return what all parts of a split model have in common."""
-    return _PART.sub(r"-of-\2", name.removesuffix(".gguf"))
+    return SPLIT.sub(r"-of-\2", name.removesuffix(".gguf"))
 
 
 def _whole(files: list[_Remote]) -> list[_Remote]:
     """Return the files of a model if no part is missing."""
-    parts = [_PART.search(file.name.removesuffix(".gguf")) for file in files]
+    parts = [SPLIT.search(file.name.removesuffix(".gguf")) for file in files]
     numbers = [(int(part[1]), int(part[2])) for part in parts if part]
     if numbers and numbers != [(i, numbers[0][1]) for i in range(1, numbers[0][1] + 1)]:
         raise DownloadError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
-from amulet_gguf.engine.generation import Mixture, Request
+from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.echo import echo_tokens
+from amulet_gguf.method.mixture import Mixture, Realignment, coefficients, realign
 from amulet_gguf.method.sampling import Sampler
-from amulet_gguf.preferences import Realignment, coefficients, realign
 from amulet_gguf.prompts.template import ChatTemplate, Encoded, Message, conversation, with_preference
 from amulet_gguf.settings import Settings
 

@@ -15,17 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import jinja2
 import numpy as np
-import numpy.typing as npt
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from amulet_gguf.errors import PromptError, SettingError
+from amulet_gguf.method.arrays import Tokens
+from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.settings import Placement
 
-Tokens = npt.NDArray[np.int32]
 Message = Mapping[str, str]
 
 #: Used for models that bring no template of their own, as llama.cpp does.
@@ -42,22 +42,6 @@ _MAX_SECONDS: Final = 2.0  # a template works for milliseconds
 # A noncharacter of Unicode, which no text holds: it marks where the name of a control token that
 # appears in a message is cut in two.
 _CUT: Final = "\ufdd0"
-
-
-class Vocabulary(Protocol):
-    """What is needed of `amulet_gguf.llama.model.Model` here."""
-
-    @property
-    def bos(self) -> int: ...
-    @property
-    def eos(self) -> int: ...
-    @property
-    def adds_bos(self) -> bool: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    def special_texts(self) -> list[str]: ...
-    def token_text(self, token: int) -> str: ...
-    def tokenize(self, text: str, *, special: bool = ...) -> Tokens: ...
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
-from amulet_gguf.engine.generation import Answer, Piece
+from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.errors import AmuletError
 from amulet_gguf.home.config import Config
 from amulet_gguf.preferences import MAX_PREFERENCES, PRESETS, Preference

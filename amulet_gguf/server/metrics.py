@@ -6,7 +6,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from amulet_gguf.engine.generation import Timings, Usage
+from amulet_gguf.engine.answer import Timings, Usage
 from amulet_gguf.service.service import AmuletService
 
 _SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

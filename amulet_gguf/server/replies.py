@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from amulet_gguf.engine.generation import Answer, Piece, Usage
+from amulet_gguf.engine.answer import Answer, Piece, Usage
 
 #: Said of tokens whose probability is none that a float can hold.
 _LEAST: Final = -9999.0

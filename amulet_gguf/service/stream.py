@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.engine.generation import Answer, Generation, Piece, Request, Timings, Usage
+from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
+from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import SettingError
 from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.planning import Planner

@@ -19,7 +19,7 @@ from fixture_types import Tiny
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.batch.records import Record
 from amulet_gguf.batch.run import answers, plan_batch, result
-from amulet_gguf.engine.generation import Answer
+from amulet_gguf.engine.answer import Answer
 from amulet_gguf.errors import AmuletError, PromptTooLongError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.settings import Settings

@@ -18,8 +18,8 @@ from amulet_gguf.amulet import Amulet
 from amulet_gguf.cli import explained, main
 from amulet_gguf.conversation.turns import Conversation
 from amulet_gguf.errors import PromptTooLongError, SettingError
+from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.explanation import explain, kl, largest
-from amulet_gguf.method.realign import Float32Array
 from amulet_gguf.prompts.template import ChatTemplate, Encoded
 from amulet_gguf.settings import Settings
 

@@ -22,8 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from amulet_gguf.engine import engine as engine_module
 from amulet_gguf.engine import generation as generation_module
+from amulet_gguf.engine.answer import Piece
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Generation, Mixture, Piece, Request
+from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import (
     AmuletError,
     ClosedError,
@@ -34,6 +35,7 @@ from amulet_gguf.errors import (
 from amulet_gguf.llama import context as context_module
 from amulet_gguf.llama import model as llama
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import Sampler
 
 # Prompts after which answers are neither empty nor cut off at once.

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Generation, Mixture, Request
+from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import Sampler
 
 HISTORY = [4, 5, 6, 7, 8, 9, 10, 11] * 3  # longer than what is worth a copy

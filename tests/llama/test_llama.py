@@ -324,13 +324,6 @@ def test_what_would_end_the_process_or_read_freed_memory_is_refused(tiny: Tiny, 
     assert (done.returncode, done.stdout) == (0, "refused in 1 line\n")
 
 
-def damaged(kind: str, data: bytes) -> bytes:
-    if kind == "two tokens alike":
-        return data.replace(b"<0x41>", b"<0x42>", 1)
-    at = data.index(b"llama.block_count") + len(b"llama.block_count") + 4
-    return data[:at] + bytes(4) + data[at + 4 :]
-
-
 def test_a_row_does_not_depend_on_what_its_neighbour_holds(
     any_model: Model, make_context: MakeContext
 ) -> None:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from literal import exact_strength, ftrl, log_softmax
 
 from amulet_gguf.errors import NonFiniteLogitsError, SettingError
+from amulet_gguf.method.mixture import coefficients
 from amulet_gguf.method.realign import argmax, combine, combine_unchecked, log_plausibility, strength
-from amulet_gguf.preferences import coefficients
 
 Row = npt.NDArray[np.float32]
 

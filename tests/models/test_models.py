@@ -25,8 +25,8 @@ from tiny_models import ARCHITECTURES
 from amulet_gguf.cli import main
 from amulet_gguf.errors import EngineError, ModelError, ModelFormatError, ModelNotFoundError
 from amulet_gguf.llama.context import Context
-from amulet_gguf.llama.gguf import FILE_TYPES, quantization_in, read_header
-from amulet_gguf.llama.memory import cache_bytes, check_fits, estimate, parts
+from amulet_gguf.llama.gguf import FILE_TYPES, parts, quantization_in, read_header
+from amulet_gguf.llama.memory import cache_bytes, check_fits, estimate
 from amulet_gguf.models.find import find_model, installed
 
 

@@ -17,7 +17,7 @@ from fixture_types import Tiny
 from serving import is_free, until
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.engine.generation import Piece
+from amulet_gguf.engine.answer import Piece
 from amulet_gguf.errors import (
     AmuletError,
     ClosedError,

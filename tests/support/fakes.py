@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from amulet_gguf.engine.generation import Mixture, Request
+from amulet_gguf.engine.generation import Request
 from amulet_gguf.errors import EngineError
+from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import Sampler
 
 Tokens = npt.NDArray[np.int32]

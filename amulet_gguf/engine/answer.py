@@ -1,0 +1,81 @@
+"""What comes of a generation: the pieces of an answer, its counts and times, and the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from amulet_gguf.method.explanation import Explanation
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to an answer.
+
+    Attributes:
+        text: text that is now certain; may be empty, for characters and stop strings under way.
+        token: the token's id; None where the answer ended without one.
+        changed: realignment put another token first here than ordinary prompting does.
+        finish_reason: set on the last piece: "stop" (end of text, or a stop string), "length"
+            (max_tokens or the context is used up), "cancelled".
+        explanation: what realignment did here, where the request asked for it.
+    """
+
+    text: str
+    token: int | None = None
+    changed: bool = False
+    finish_reason: FinishReason | None = None
+    explanation: Explanation | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Counts of tokens.
+
+    Attributes:
+        prompt_tokens: of the longest branch.
+        prefill_tokens: read before the answer, over all branches, a shared prefix counted once.
+        completion_tokens: of the answer.
+    """
+
+    prompt_tokens: int
+    prefill_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one generation, in seconds.
+
+    Attributes:
+        queue: from the request to the first step made for it.
+        prefill: from there to the first token.
+        decode: from the first token to the end.
+        tokens_per_second: of decode, the first token left out; 0 where there is only one.
+    """
+
+    queue: float
+    prefill: float
+    decode: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    Attributes:
+        text: all of it.
+        finish_reason: see `Piece`.
+        usage, timings: what it took.
+        pieces: the steps it was made of.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    pieces: Sequence[Piece]
