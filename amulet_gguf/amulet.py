@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation
-from amulet_gguf.errors import SettingError
 from amulet_gguf.llama.context import Context
-from amulet_gguf.llama.memory import DEFAULT_N_CTX, check_fits
+from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
 from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Message
-from amulet_gguf.settings import Options, Settings
+from amulet_gguf.settings import Loading, LoadOptions, Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class LoadOptions(TypedDict, total=False):
-    """Arguments of `Amulet.load` but for the path and what reports progress."""
-
-    n_ctx: int | None
-    n_gpu_layers: int | None
-    n_threads: int | None
-    n_batch: int | None
-    n_sequences: int
-    rpc: str | None
 
 
 class Stream(Iterator[Piece]):
@@ -100,10 +87,27 @@ class Stream(Iterator[Piece]):
         return self._generation.timings
 
 
-def check_n_ctx(n_ctx: int | None) -> None:
-    """Raise SettingError unless n_ctx is None or a size that a context can have."""
-    if n_ctx is not None and not 1 <= n_ctx <= 2**24:
-        raise SettingError(f"n_ctx must be from 1 to {2**24}, got {n_ctx}")
+def load_model(
+    loading: Loading,
+    *,
+    n_sequences: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Model:
+    """Load a model after a look at the memory that it will take: the one door for all of them.
+
+    Args:
+        n_sequences: of the context that will be made. None: its size is not known yet, and room for the
+            smallest is enough.
+        progress: called with the fraction loaded, from 0 to 1.
+
+    Raises:
+        As `Amulet.load`.
+    """
+    file = find_model(loading.model)
+    if loading.rpc is None and (loading.n_gpu_layers == 0 or not can_offload()):
+        n_ctx = MIN_N_CTX if n_sequences is None else loading.n_ctx
+        check_fits(file, n_ctx, n_sequences or 1)
+    return Model(file, n_gpu_layers=loading.n_gpu_layers, rpc=loading.rpc, progress=progress)
 
 
 class Amulet:
@@ -122,27 +126,19 @@ class Amulet:
         cls,
         path: str | os.PathLike[str] | None = None,
         *,
-        n_ctx: int | None = None,
-        n_gpu_layers: int | None = None,
-        n_threads: int | None = None,
-        n_batch: int | None = None,
         n_sequences: int = 2,
-        rpc: str | None = None,
         progress: Callable[[float], None] | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Amulet:
         """Load a model.
 
         Args:
             path: a GGUF file, or the name of an installed model; `amulet_gguf.models.find_model` says
                 which names there are, and what None stands for.
-            n_ctx: tokens of prompt and answer together. None: 4096, or what the model can if less.
-            n_gpu_layers: layers to run on the GPU, negative for all. None: all if llama.cpp can.
-            n_threads: CPU threads. None: one per physical core.
-            n_batch: tokens read in one step. None: see `amulet_gguf.llama.context.Context`.
             n_sequences: memory to begin with, in branches that can run at once: a generation takes one
                 for the base and one per preference. It grows when more are asked for.
-            rpc: servers of llama.cpp that share the model, "HOST:PORT,HOST:PORT": see `Model`.
             progress: called with the fraction loaded, from 0 to 1.
+            **options: fields of `amulet_gguf.settings.Loading`: n_ctx, n_gpu_layers, n_threads, …
 
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
@@ -151,36 +147,26 @@ class Amulet:
             EngineError: not enough memory (see `amulet_gguf.llama.memory.check_fits`), or an RPC server
                 cannot be reached.
         """
-        check_n_ctx(n_ctx)
-        file = find_model(path)
-        if rpc is None and (n_gpu_layers == 0 or not can_offload()):
-            check_fits(file, n_ctx, n_sequences)
-        model = Model(file, n_gpu_layers=n_gpu_layers, rpc=rpc, progress=progress)
+        loading = Loading(model=path, **options)
+        model = load_model(loading, n_sequences=n_sequences, progress=progress)
         try:
-            return cls.of(
-                model, n_ctx=n_ctx, n_threads=n_threads, n_batch=n_batch, n_sequences=n_sequences
-            )
+            return cls.of(model, loading, n_sequences)
         except BaseException:
             model.close()
             raise
 
     @classmethod
-    def of(
-        cls,
-        model: Model,
-        *,
-        n_ctx: int | None = None,
-        n_threads: int | None = None,
-        n_batch: int | None = None,
-        n_sequences: int = 2,
-    ) -> Amulet:
+    def of(cls, model: Model, loading: Loading, n_sequences: int) -> Amulet:
         """Run a model that is loaded, and close it in the end; arguments and errors as `load`."""
-        check_n_ctx(n_ctx)
-        size = n_ctx or min(DEFAULT_N_CTX, model.n_ctx_train or DEFAULT_N_CTX)
+        size = loading.n_ctx or min(DEFAULT_N_CTX, model.n_ctx_train or DEFAULT_N_CTX)
 
         def make_context(n_sequences: int) -> Context:
             return Context(
-                model, n_ctx=size, n_sequences=n_sequences, n_batch=n_batch, n_threads=n_threads
+                model,
+                n_ctx=size,
+                n_sequences=n_sequences,
+                n_batch=loading.n_batch,
+                n_threads=loading.n_threads,
             )
 
         engine = Engine(model, make_context, n_sequences)
@@ -225,7 +211,7 @@ class Amulet:
                 the counts.
             EngineError: from the iterator, if llama.cpp fails.
         """
-        settings = dataclasses.replace(settings or Settings(), **options)  # type: ignore[arg-type]
+        settings = (settings or Settings()).replace(**options)
         request = self.planner.request(prompt, messages, settings)
         return Stream(self.engine, self.engine.submit(request), on_prefill)
 

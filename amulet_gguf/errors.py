@@ -27,7 +27,15 @@ class AmuletError(Exception):
 
 
 class SettingError(AmuletError, ValueError):
-    """A setting, preference or argument lies outside what it may be."""
+    """A setting, preference or argument lies outside what it may be.
+
+    Attributes:
+        field: the name of the setting at fault; None where it is none, or several.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ModelError(AmuletError):

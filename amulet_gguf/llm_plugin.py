@@ -1,24 +1,27 @@
 """The model `amulet` of simonw's `llm`: `llm -m amulet -o prefer concise -o strength 4 "…"`.
 
-Only `llm` itself is imported until a prompt comes, since every command of `llm` imports this.
+Neither numpy nor llama.cpp is imported until a prompt comes: every command of `llm` imports this.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import llm
-from pydantic import Field
+from pydantic import Field, create_model
+
+from amulet_gguf.declaration import Kind, Setting
+from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
 
 if TYPE_CHECKING:
     from amulet_gguf.service.service import AmuletService
     from amulet_gguf.service.stream import ServiceStream
-    from amulet_gguf.settings import Settings
 
 _lock = threading.Lock()
-_loaded: dict[tuple[str | None, int | None], AmuletService] = {}
+_loaded: dict[Loading, AmuletService] = {}
 
 
 @llm.hookimpl
@@ -26,46 +29,42 @@ def register_models(register: Callable[..., None]) -> None:
     register(AmuletModel(), AmuletAsyncModel())
 
 
-class _Options(llm.Options):
-    """What `-o NAME VALUE` takes; `amulet_gguf.settings` says which values are possible."""
-
-    prefer: str | None = Field(
-        None,
-        description="What the answer should be: a preset such as concise, or a sentence; TEXT:WEIGHT "
-        "for a weight, several with ; between them",
+def _options() -> type[llm.Options]:
+    """Return what `-o NAME VALUE` takes: the declared settings, and how to load the model."""
+    types: dict[Kind, Any] = {"number": float, "whole": int, "switch": bool}
+    fields: dict[str, Any] = {
+        name: (types.get(each.kind, str) | None, Field(None, description=each.help))
+        for name, each in {**SETTINGS, **LOADING}.items()
+        if name != "system"  # llm has an option of its own
+    }
+    fields["profile"] = (
+        str | None,
+        Field(None, description="Begin with a profile (amulet profiles ls)"),
     )
-    strength: float | None = Field(None, description="0: the base model, 1: prompting, more: beyond it")
-    plausibility: float | None = Field(None, description="Rule out tokens less probable than this share")
-    adapt: str | None = Field(None, description="none, divergence or entropy")
-    placement: str | None = Field(None, description="Where the preference is said: turn or system")
-    max_tokens: int | None = Field(None, description="Length of the answer at most")
-    temperature: float | None = Field(None, description="0: always the best token")
-    top_k: int | None = Field(None, description="Keep the best k tokens")
-    top_p: float | None = Field(None, description="Keep the best tokens up to this probability")
-    min_p: float | None = Field(None, description="Keep tokens this times as probable as the best")
-    repeat_penalty: float | None = Field(None, description="Make recent tokens less probable; 1: off")
-    seed: int | None = Field(None, description="Same seed, same text")
-    stop: str | None = Field(None, description="End before this text")
-    profile: str | None = Field(None, description="Begin with a profile (amulet profiles ls)")
-    model: str | None = Field(None, description="File or name of a model (amulet models ls)")
-    n_ctx: int | None = Field(None, description="Tokens of prompt and answer together")
+    options: type[llm.Options] = create_model("Options", __base__=llm.Options, **fields)
+    return options
+
+
+def _given(options: Any, known: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return the values of those settings that were typed."""
+    given = {name: getattr(options, name, None) for name in known}
+    return {
+        name: known[name].parse(name, each) if isinstance(each, str) else each
+        for name, each in given.items()
+        if each is not None
+    }
 
 
 def _settings(options: Any, system: str | None) -> Settings:
     """Return the settings of a prompt: what is typed, the profile, the defaults."""
-    import dataclasses
-
     from amulet_gguf.home.config import load_config
-    from amulet_gguf.settings import Settings
 
-    given = {name: value for name, value in options.model_dump().items() if value is not None}
-    for name in ("model", "n_ctx"):
-        given.pop(name, None)
     settings = Settings()
-    if profile := given.pop("profile", None):
-        settings = load_config().settings(profile, settings)
-    if "prefer" in given:
-        given["prefer"] = [part for part in given["prefer"].split(";") if part.strip()]
+    if options.profile:
+        settings = load_config().settings(options.profile, settings)
+    given = _given(options, SETTINGS)
+    if isinstance(options.prefer, str) and options.prefer[:1] != "[":
+        given["prefer"] = [part for part in options.prefer.split(";") if part.strip()]
     if system:
         given["system"] = system
     return dataclasses.replace(settings, **given)
@@ -75,13 +74,13 @@ def _service(options: Any) -> AmuletService:
     """Return the model that is asked for, which stays loaded for the prompts after."""
     from amulet_gguf.service.service import AmuletService
 
-    key = (options.model, options.n_ctx)
+    key = Loading(**_given(options, LOADING))
     with _lock:
         if key not in _loaded or _loaded[key].is_closed:
             for service in _loaded.values():  # one is enough for a machine
                 service.close()
             _loaded.clear()
-            _loaded[key] = AmuletService(options.model, n_ctx=options.n_ctx)
+            _loaded[key] = AmuletService(key.model, **key.options)
         return _loaded[key]
 
 
@@ -116,7 +115,7 @@ class AmuletModel(llm.Model):
     model_id = "amulet"
     can_stream = True
 
-    Options = _Options  # type: ignore[assignment]
+    Options = _options()  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return "Amulet: amulet"
@@ -145,7 +144,7 @@ class AmuletAsyncModel(llm.AsyncModel):
     model_id = "amulet"
     can_stream = True
 
-    Options = _Options  # type: ignore[assignment]
+    Options = _options()  # type: ignore[assignment]
 
     def __str__(self) -> str:
         return "Amulet (async): amulet"

@@ -1,20 +1,29 @@
-"""Everything that can be set for one generation, checked when it is set."""
+"""Everything that can be set, for one generation and for loading a model: declared here alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypedDict, get_args
 
+from amulet_gguf.declaration import Declared, declared, setting
 from amulet_gguf.errors import SettingError
-from amulet_gguf.preferences import Preference, PreferencesLike, as_preferences
+from amulet_gguf.preferences import PRESETS, Preference, PreferencesLike, as_preferences
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
-Adapt = Literal["none", "divergence", "entropy"]
-Placement = Literal["turn", "system"]
+#: How the strength follows the distributions of each token.
+Adapt: TypeAlias = Literal["none", "divergence", "entropy"]
+#: Where branches carry the preference.
+Placement: TypeAlias = Literal["turn", "system"]
+#: What `logit_bias` takes: numbers by token id or text.
+BiasesLike: TypeAlias = (
+    Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float] | Iterable[str] | None
+)
 
 #: The reference implementation's system prompt. It ends in the space that separates the preference.
 PAPER_SYSTEM: Final = (
@@ -23,21 +32,8 @@ PAPER_SYSTEM: Final = (
     "also be patient, polite, and calm. Avoid unnecessary complexity and always prioritize practical, "
     "user-friendly advice. "
 )
-
-#: Smallest and largest value of each number.
-RANGES: Final[dict[str, tuple[float, float]]] = {
-    "strength": (-100, 1000),
-    "plausibility": (0, 1),
-    "max_tokens": (1, 1_000_000),
-    "temperature": (0, 100),
-    "top_k": (0, 2**31 - 1),
-    "top_p": (0.001, 1),
-    "min_p": (0, 1),
-    "repeat_penalty": (0.1, 10),
-    "repeat_last_n": (0, 65536),
-    "seed": (0, 2**64 - 1),
-}
-_WHOLE: Final = {"max_tokens", "top_k", "repeat_last_n", "seed"}
+#: `amulet_gguf.strength()`: alpha = lambda = 2, eta = 10 and 60 iterations, the paper's.
+PAPER_STRENGTH: Final = 5.648699006951201
 
 
 class Options(TypedDict, total=False):
@@ -62,94 +58,115 @@ class Options(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of one generation. Ranges of the numbers are in `RANGES`.
+class Settings(Declared):
+    """Settings of one generation; `SETTINGS` has their declarations, with help and ranges.
 
-    Attributes:
-        prefer: the preferences; a text, (text, weight) or a list of them is accepted too.
-        strength: 0 is the base model, 1 ordinary prompting, more amplifies, less than 0 pushes away.
-        plausibility: tokens less than this times as probable as the best under ordinary prompting are
-            ruled out before amplifying. It guards extrapolation, and does nothing where there is none
-            (positive weights whose sum times strength is at most 1, or no preferences).
-        adapt: "none" goes to the full strength at every token; "divergence" as far beyond ordinary
-            prompting as the branches differ at this token; "entropy" as far as prompting is uncertain of
-            it (see `amulet_gguf.method.adaptive.adapted`). Without extrapolation it does nothing.
-        withhold_echo: do not amplify the words of the preferences themselves.
-        placement: where branches carry the preference: at the end of the last user message ("turn")
-            or of the system prompt ("system").
-        system: the system prompt; None leaves it to the chat template.
-        max_tokens: length of the answer at most.
-        stop: texts before which the answer ends; one text is accepted too.
-        temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed:
-            see `amulet_gguf.method.sampling.Sampler`.
+    `Options` says what each takes: `prefer` a text, a (text, weight), or a list of them; `stop` a
+    text or several. More than the help says:
+
+    - plausibility guards extrapolation, and does nothing where there is none (positive weights whose sum
+      times strength is at most 1, or no preferences).
+    - adapt: see `amulet_gguf.method.adaptive.adapted`. Without extrapolation it does nothing.
+    - temperature and all that follows: see `amulet_gguf.method.sampling.Sampler`.
 
     Raises:
-        SettingError: a value is not of its type or out of its range.
+        SettingError: a value is not of its type or out of its range; it names the field.
     """
 
-    prefer: tuple[Preference, ...] = ()
-    strength: float = 5.65
-    plausibility: float = 0.1
-    adapt: Adapt = "divergence"
-    withhold_echo: bool = True
-    placement: Placement = "turn"
-    system: str | None = None
-    max_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repeat_penalty: float = 1.1
-    repeat_last_n: int = 64
-    seed: int | None = None
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Unpack[Options]) -> None: ...
+
+    prefer: tuple[Preference, ...] = setting(
+        (),
+        "What the answer should be: one of "
+        + ", ".join(PRESETS)
+        + ", or a sentence of your own. Repeat "
+        "for several; a negative weight pushes away.",
+        "preferences",
+        flag="-p",
+        metavar="TEXT[:WEIGHT]",
+    )
+    strength: float = setting(
+        5.65,
+        "0: the base model, 1: ordinary prompting, more: amplified beyond it.",
+        low=-100,
+        high=1000,
+        flag="-s",
+    )
+    plausibility: float = setting(
+        0.1,
+        "Rule out tokens less probable than this share of the best one, by ordinary prompting.",
+        low=0,
+        high=1,
+    )
+    adapt: Adapt = setting(
+        "divergence",
+        "Go to the full strength at every token (none), or as far as the preference makes a difference "
+        "to it, or as far as prompting is uncertain of it.",
+        "choice",
+        choices=get_args(Adapt),
+    )
+    withhold_echo: bool = setting(
+        True,
+        "Amplify the words of the preference itself, or not.",
+        "switch",
+        off="--amplify-echo",
+        otherwise="withhold",
+    )
+    placement: Placement = setting(
+        "turn",
+        "Say the preference at the end of your message, or of the system prompt.",
+        "choice",
+        choices=get_args(Placement),
+    )
+    system: str | None = setting(
+        None, "System prompt.", "text", metavar="TEXT", otherwise="the model's own"
+    )
+    max_tokens: int = setting(
+        512, "Length of the answer at most.", "whole", low=1, high=1_000_000, flag="-n"
+    )
+    stop: tuple[str, ...] = setting((), "End before this text. Repeatable.", "texts", metavar="TEXT")
+    temperature: float = setting(0.0, "0: always the best token; more: more varied.", low=0, high=100)
+    top_k: int = setting(0, "Keep the best k tokens; 0: all.", "whole", low=0, high=2**31 - 1)
+    top_p: float = setting(1.0, "Keep the best tokens up to this probability.", low=0.001, high=1)
+    min_p: float = setting(
+        0.0, "Keep tokens at least this times as probable as the best.", low=0, high=1
+    )
+    repeat_penalty: float = setting(1.1, "Make recent tokens less probable; 1: off.", low=0.1, high=10)
+    repeat_last_n: int = setting(64, "Tokens the penalty looks back.", "whole", low=0, high=65536)
+    seed: int | None = setting(None, "Same seed, same text.", "whole", low=0, high=2**64 - 1)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prefer", as_preferences(self.prefer))
-        if not isinstance(self.stop, Iterable):
-            raise SettingError(f"stop must be a text or several, got {self.stop!r}")
-        stop: object = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise SettingError(f"a stop string must be a text that is not empty, got {text!r}")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if name == "seed" and value is None:
-                continue
-            kind = int if name in _WHOLE else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                noun = "a whole number" if name in _WHOLE else "a number"
-                raise SettingError(f"{name} must be {noun} from {low} to {high}, got {value!r}")
-        if self.placement not in get_args(Placement):
-            raise SettingError(f'placement must be "turn" or "system", got {self.placement!r}')
-        if self.adapt not in get_args(Adapt):
-            names = ", ".join(get_args(Adapt))
-            raise SettingError(f"adapt must be one of {names}, got {self.adapt!r}")
-        if not isinstance(self.withhold_echo, bool):
-            raise SettingError(f"withhold_echo must be true or false, got {self.withhold_echo!r}")
-        if self.system is not None and not isinstance(self.system, str):
-            raise SettingError(f"system must be a text or None, got {self.system!r}")
+        super().__post_init__()
         total = math.fsum(abs(preference.weight) for preference in self.prefer)
-        if abs(self.strength) * total > RANGES["strength"][1]:
+        if abs(self.strength) * total > SETTINGS["strength"].high:
             raise SettingError(
-                f"strength {self.strength:g} times weights of {total:g} is too large: lower one of them"
+                f"strength {self.strength:g} times weights of {total:g} is too large: lower one of them",
+                "strength",
             )
+
+    def replace(self, **options: Unpack[Options]) -> Self:
+        """Return settings of which some differ; errors as for new ones."""
+        return dataclasses.replace(self, **options)  # type: ignore[arg-type]
+
+    def as_record(self) -> dict[str, Any]:
+        """Return all fields as JSON values, as a record of a batch has them."""
+        values = dataclasses.asdict(self)
+        return {name: list(each) if isinstance(each, tuple) else each for name, each in values.items()}
 
     @classmethod
     def paper(cls, prefer: PreferencesLike = None) -> Self:
         """Return the settings of the reference implementation (arXiv 2502.19148).
 
         Its system prompt with the preference at the end, greedy, no mask, the full strength for
-        every token, 128 tokens, and the strength
-        of alpha = 2, lambda = 2, eta = 10 and 60 iterations. One thing differs on purpose: the prompt
-        ends with the template's header of the assistant's turn, which the reference leaves out.
+        every token, 128 tokens, and the strength of alpha = 2, lambda = 2, eta = 10 and 60 iterations.
+        One thing differs on purpose: the prompt ends with the template's header of the assistant's turn,
+        which the reference leaves out.
         """
-        from amulet_gguf.method.realign import strength
-
         return cls(
             prefer=as_preferences(prefer),
-            strength=strength(),
+            strength=PAPER_STRENGTH,
             plausibility=0.0,
             adapt="none",
             withhold_echo=False,
@@ -158,3 +175,95 @@ class Settings:
             repeat_penalty=1.0,
             max_tokens=128,
         )
+
+
+#: The declarations of `Settings`, by name.
+SETTINGS: Final = declared(Settings)
+
+
+def describe(settings: Settings) -> str:
+    """Return preferences and strength in few words: "concise, formal:0.5 · strength 5.65"."""
+    if not settings.prefer:
+        return "no preference"
+    parts = []
+    for preference in settings.prefer:
+        name = preference.name if len(preference.name) <= 40 else preference.name[:39] + "…"
+        parts.append(name if preference.weight == 1 else f"{name}:{preference.weight:g}")
+    return f"{', '.join(parts)} · strength {settings.strength:g}"
+
+
+class LoadOptions(TypedDict, total=False):
+    """The fields of `Loading` as keyword arguments, but for the model."""
+
+    n_ctx: int | None
+    n_gpu_layers: int | None
+    n_threads: int | None
+    n_batch: int | None
+    rpc: str | None
+
+
+@dataclass(frozen=True)
+class Loading(Declared):
+    """How to load a model; `LOADING` has the declarations, with help and ranges.
+
+    Raises:
+        SettingError: a value is not of its type or out of its range; it names the field.
+    """
+
+    model: str | os.PathLike[str] | None = setting(
+        None,
+        "File, name or prefix of a model (amulet models ls). Otherwise $AMULET_MODEL, the default "
+        "model, or the bundled one.",
+        "path",
+        flag="-m",
+        metavar="TEXT",
+    )
+    n_ctx: int | None = setting(
+        None,
+        "Tokens of prompt and answer together.",
+        "whole",
+        low=1,
+        high=2**24,
+        flag="-c",
+        otherwise="4096, or the model's if less",
+    )
+    n_gpu_layers: int | None = setting(
+        None,
+        "Layers to run on the GPU, -1 for all.",
+        "whole",
+        low=-1,
+        high=100_000,
+        otherwise="all, if it can",
+    )
+    n_threads: int | None = setting(
+        None, "CPU threads.", "whole", low=1, high=1024, flag="-t", otherwise="physical cores"
+    )
+    n_batch: int | None = setting(
+        None,
+        "Tokens of a prompt that are read in one step.",
+        "whole",
+        low=1,
+        high=2**31 - 1,
+        otherwise="128, on a GPU 512",
+    )
+    rpc: str | None = setting(
+        None,
+        "Spread the model over llama.cpp's RPC servers, on a network that you trust.",
+        "text",
+        metavar="HOST:PORT[,…]",
+    )
+
+    @property
+    def options(self) -> LoadOptions:
+        """All but the model, as keyword arguments."""
+        return {
+            "n_ctx": self.n_ctx,
+            "n_gpu_layers": self.n_gpu_layers,
+            "n_threads": self.n_threads,
+            "n_batch": self.n_batch,
+            "rpc": self.rpc,
+        }
+
+
+#: The declarations of `Loading`, by name.
+LOADING: Final = declared(Loading)

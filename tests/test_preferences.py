@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
@@ -178,11 +180,31 @@ def test_accepted_forms() -> None:
     assert as_preferences([bold, bold]) == (bold, bold)
 
 
+def test_pairs_are_read_as_json_writes_them() -> None:
+    expected = (Preference("Be bold.", -0.5), Preference("concise"))
+    written: Any = [["Be bold.", -0.5], {"text": "concise"}]
+    assert as_preferences(written) == expected
+    assert (
+        as_preferences(json.loads(json.dumps([dataclasses.asdict(each) for each in expected])))
+        == expected
+    )
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         *(5, 0.5, True, b"bold", object(), "", ("", 1), ("bold",) * 9, ("bold", None)),
-        *([None], [["bold", 1]], [("bold", 1, 2)], ["bold", 0.5], [("bold",)], [(1, "bold")], [""]),
+        *(
+            [None],
+            [["bold", 1, 2]],
+            [("bold", 1, 2)],
+            [{"text": "bold", "wait": 1}],
+            [{"weight": 1}],
+            ["bold", 0.5],
+            [("bold",)],
+            [(1, "bold")],
+            [""],
+        ),
         *({1: "bold"}, [("bold", math.nan)]),
     ],
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amulet_gguf.batch.run import Plan, answers, plan_batch, result
+    from amulet_gguf.batch.run import BatchSize, answers, result, size_batch
 
-__all__ = ["Plan", "answers", "plan_batch", "result"]
+__all__ = ["BatchSize", "answers", "result", "size_batch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,8 @@ from typing import Any, Final
 
 from amulet_gguf.batch.records import Record
 from amulet_gguf.errors import AmuletError, BatchError, EngineError, ModelNotFoundError, SettingError
+from amulet_gguf.models.find import find_model
+from amulet_gguf.settings import Loading
 
 #: Tries of a record whose workers end while they answer it; the last one without neighbours, which
 #: may have been the cause.
@@ -36,13 +38,10 @@ def ray_answers(
     records: Sequence[Record],
     address: str,
     *,
-    model: Path,
-    n_ctx: int,
+    loading: Loading,
     n_sequences: int,
     parallel: int,
     n_workers: int | None = None,
-    n_threads: int | None = None,
-    n_gpu_layers: int | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Generator[tuple[Record, dict[str, Any]], None, None]:
     """Answer records on a Ray cluster, and yield each with its result as it is finished.
@@ -54,12 +53,11 @@ def ray_answers(
     Args:
         address: as Ray takes it: "auto", "local" (this machine, started for this call), "HOST:PORT" or
             "ray://HOST:PORT".
-        model: its path here and on every node; files of another size are refused.
-        n_ctx, n_sequences, parallel: of each worker; see `amulet_gguf.batch.run.Plan`.
-        n_workers: None: one per GPU if the cluster has any and n_gpu_layers is not 0, otherwise as many
-            as have n_threads CPUs each, and where that is None too, one per node.
-        n_threads: CPU threads of each worker. None: its share of its node's physical cores.
-        n_gpu_layers: see `amulet_gguf.llama.model.Model`.
+        loading: of each worker. `model` is the path here and on each node; files of another size are
+            refused. `n_threads` None: its share of its node's physical cores.
+        n_sequences, parallel: of each worker; see `amulet_gguf.batch.run.BatchSize`.
+        n_workers: None: one per GPU if the cluster has any and `n_gpu_layers` is not 0, otherwise as
+            many as have `n_threads` CPUs each, and where that is None too, one per node.
         on_step: called after each answer with the tokens of all answers so far.
 
     Raises:
@@ -77,18 +75,15 @@ def ray_answers(
                 yield record, _failed(record, record.error)
         if not valid:
             return
-        places = plan_places(ray.nodes(), len(valid), n_workers, n_threads, n_gpu_layers != 0)
-        path = model.absolute()
+        places = choose_places(
+            ray.nodes(), len(valid), n_workers, loading.n_threads, loading.n_gpu_layers != 0
+        )
+        path = find_model(loading.model).absolute()
         try:
             size = path.stat().st_size
         except OSError as error:
             raise ModelNotFoundError(f"{path} cannot be read ({error.strerror}): check it") from None
-        options = {
-            "n_ctx": n_ctx,
-            "n_sequences": n_sequences,
-            "n_threads": n_threads,
-            "n_gpu_layers": n_gpu_layers,
-        }
+        options = {**loading.options, "n_sequences": n_sequences}
         most = min(parallel, -(-len(valid) // len(places)))  # leave the others something to do
         cluster = _Cluster(ray, (str(path), size, options), most)
         n_tokens = 0
@@ -120,7 +115,7 @@ class Place:
     n_neighbours: int
 
 
-def plan_places(
+def choose_places(
     nodes: Sequence[Mapping[str, Any]],
     n_records: int,
     n_workers: int | None,

@@ -9,8 +9,6 @@ import difflib
 import hashlib
 import io
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +16,17 @@ from typing import Any, Final
 
 from amulet_gguf.errors import AmuletError, BatchError, PromptError, SettingError
 from amulet_gguf.prompts.template import Message, conversation
-from amulet_gguf.settings import RANGES, Options, Settings
+from amulet_gguf.settings import SETTINGS, Settings
 
-_SETTINGS: Final = frozenset(Options.__annotations__)
 _PROMPTS: Final = ("prompt", "question", "messages")
 _IDS: Final = ("id", "index")
-_KNOWN: Final = (*_SETTINGS, *_PROMPTS, *_IDS)
-_MISSPELT: Final = (*_SETTINGS, *_PROMPTS)
+_MISSPELT: Final = (*SETTINGS, *_PROMPTS)
 _MAX_DEPTH: Final = 100
 #: What a record of the output holds; fields of the input with these names are not carried over.
-RESULT_FIELDS: Final = frozenset({"line", "key", "text", "error", "finish_reason", "usage"})
+RESULT_FIELDS: Final = frozenset({
+    "line", "key", "text", "error", "finish_reason", "usage", "timings",
+})  # fmt: skip
 _SHOWN: Final = 60  # characters of a line that an error repeats
-_NUMBER: Final = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _MAX_CELL: Final = 2**31 - 1  # a cell may hold a document; the module's own limit is 128 KB
 
 
@@ -169,18 +166,13 @@ def _csv_items(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _cell(name: str, cell: str) -> Any:
-    if name not in _KNOWN:
-        return cell
-    if cell.lstrip()[:1] == "[" and name in ("prefer", "messages", "stop"):
+    if name in SETTINGS:
+        return SETTINGS[name].parse(name, cell)
+    if name == "messages" and cell.lstrip()[:1] == "[":
         try:
             return json.loads(cell)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} begins with [ and is not a JSON list: {error}") from None
-    if name in RANGES or name == "withhold_echo":
-        if cell.lower() in ("true", "false"):
-            return cell.lower() == "true"
-        if _NUMBER.fullmatch(cell):
-            return float(cell) if "." in cell or "e" in cell.lower() else int(cell)
     return cell
 
 
@@ -193,7 +185,7 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
     extra = {
         name: value
         for name, value in item.items()
-        if name not in _SETTINGS and name not in _PROMPTS and name not in RESULT_FIELDS
+        if name not in SETTINGS and name not in _PROMPTS and name not in RESULT_FIELDS
     }
     try:
         for name in extra:
@@ -211,7 +203,7 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
             messages = tuple(item["messages"])
         else:
             prompt = item[given[0]]
-        changes = {name: _plain(name, item[name]) for name in _SETTINGS if name in item}
+        changes = {name: _plain(name, item[name]) for name in SETTINGS if name in item}
         changed = dataclasses.replace(settings, **changes)
         conversation(prompt, messages, changed.system)
     except AmuletError as error:
@@ -220,11 +212,6 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Return a JSON value as `Settings` takes it: a list of pairs as pairs."""
-    if name == "prefer" and isinstance(value, dict):
-        raise SettingError(f"expected preferences as text or [text, weight], got {_shown(str(value))}")
-    if name == "prefer" and isinstance(value, list):
-        return [tuple(item) if isinstance(item, list) else item for item in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 and not math.isnan(value):
-        return int(value)  # 3.0 is how some writers spell whole numbers
-    return value
+    """Return a JSON value as `Settings` takes it: 3.0 is how some writers spell whole numbers."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if is_whole and SETTINGS[name].kind == "whole" else value

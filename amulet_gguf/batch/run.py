@@ -22,8 +22,8 @@ _MEMORY_SHARE: Final = 0.5  # of the memory that is free
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a batch will be run.
+class BatchSize:
+    """How much of a batch runs at once, and what it takes.
 
     Attributes:
         parallel: generations at once.
@@ -40,14 +40,14 @@ class Plan:
     cache_bytes: int
 
 
-def plan_batch(
+def size_batch(
     model: Model,
     records: Sequence[Record],
     *,
     parallel: int | None = None,
     n_ctx: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Plan:
+) -> BatchSize:
     """Find out how many generations to run at once, and how much context they need.
 
     Args:
@@ -76,7 +76,7 @@ def plan_batch(
         fitting = int(psutil.virtual_memory().available * _MEMORY_SHARE / max(1, one))
         parallel = max(1, min(_ROWS // branches, fitting, len(records)))
     n_sequences = parallel * branches
-    return Plan(parallel, n_sequences, size, total, model.cache_bytes(size, n_sequences))
+    return BatchSize(parallel, n_sequences, size, total, model.cache_bytes(size, n_sequences))
 
 
 def answers(

@@ -19,7 +19,7 @@ from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.mixture import Mixture, coefficients
 from amulet_gguf.method.realign import combine
-from amulet_gguf.method.sampling import Sampler
+from amulet_gguf.method.sampling import PLAIN, Sampler
 from amulet_gguf.settings import Settings
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
@@ -259,7 +259,7 @@ def _kernels(n_vocab: int, rounds: int) -> KernelTimes:
     logits[:, : n_vocab // 1000] += 10  # a nucleus, as language models have
     weights = coefficients([1.0], Settings().strength)
     out = np.empty(n_vocab, np.float32)
-    sampler = Sampler(temperature=0.8, top_p=0.95, seed=0)
+    sampler = Sampler(PLAIN.replace(temperature=0.8, top_p=0.95, seed=0))
 
     def combine_and_sample() -> None:
         combine(logits, weights, out=out)

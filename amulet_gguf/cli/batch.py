@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from amulet_gguf.cli.options import (
-    model_options,
-    preference_options,
-    sampling_options,
+    loaded_model,
+    loading_from,
+    loading_options,
     settings_from,
+    settings_options,
 )
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from amulet_gguf.batch.journal import Journal
     from amulet_gguf.batch.records import Record
-    from amulet_gguf.batch.run import Plan
+    from amulet_gguf.batch.run import BatchSize
     from amulet_gguf.llama.model import Model
 
 
@@ -77,9 +79,8 @@ def _parallel(ctx: click.Context, param: click.Parameter, value: str) -> int | N
     help="Workers on the Ray cluster, which share the CPUs of their node. [default: one per GPU; "
     "without GPUs one per node, or as many as find --n-threads CPUs each]",
 )
-@preference_options
-@sampling_options
-@model_options
+@settings_options
+@loading_options
 def batch(
     input: str,
     output: Path,
@@ -88,11 +89,6 @@ def batch(
     dry_run: bool,
     address: str | None,
     workers: int | None,
-    model: str | None,
-    n_ctx: int | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
-    rpc: str | None,
     **options: Any,
 ) -> None:
     """Answer every prompt of INPUT, realigned, several at a time.
@@ -110,9 +106,9 @@ def batch(
     """
     if workers is not None and address is None:
         raise click.UsageError("--workers needs --ray ADDRESS")
-    if rpc is not None and address is not None:
+    loading, settings = loading_from(options), settings_from(options)
+    if loading.rpc is not None and address is not None:
         raise click.UsageError("--ray gives each worker a whole model, --rpc parts of one: choose")
-    settings = settings_from(**options)
     from amulet_gguf.batch.records import read_input, read_records
 
     if input == "-":
@@ -120,31 +116,24 @@ def batch(
     else:
         records = read_input(Path(input), settings)
 
-    from amulet_gguf.amulet import Amulet, check_n_ctx
+    from amulet_gguf.amulet import Amulet
     from amulet_gguf.batch.cluster import ray_answers
     from amulet_gguf.batch.journal import Journal
     from amulet_gguf.batch.run import answers, result
-    from amulet_gguf.cli.terminal import LateBar
-    from amulet_gguf.llama.model import Model
-    from amulet_gguf.models.find import find_model
 
-    check_n_ctx(n_ctx)
-    with LateBar("Loading the model") as bar:
-        path = find_model(model)
-        loaded = Model(
-            path, n_gpu_layers=n_gpu_layers, rpc=rpc, progress=lambda fraction: bar.update(fraction, 1.0)
-        )
-    try:
+    with loaded_model(loading) as loaded:
+        path = loaded.path
         name = f"{path.name} {path.stat().st_size}"
         keys = {record.line: record.key(name) for record in records}
         if dry_run and not output.exists():
-            _show(loaded, records, records, _plan(loaded, records, parallel, n_ctx))
+            _show(loaded, records, records, _size(loaded, records, parallel, loading.n_ctx))
             return
         with Journal(output, keys) as journal:
             todo = [record for record in records if record.line not in journal.done]
-            plan = _plan(loaded, todo, parallel, n_ctx)
+            size = _size(loaded, todo, parallel, loading.n_ctx)
+            loading = dataclasses.replace(loading, model=path, n_ctx=size.n_ctx)
             if dry_run:
-                _show(loaded, records, todo, plan)
+                _show(loaded, records, todo, size)
                 return
             if not todo:
                 click.echo(f"all {len(records)} records are done already", err=True)
@@ -153,62 +142,55 @@ def batch(
                 _run(
                     journal,
                     len(todo),
-                    f"{plan.parallel} at a time per worker",
+                    f"{size.parallel} at a time per worker",
                     lambda on_step: ray_answers(
                         todo,
                         address,
-                        model=path,
-                        n_ctx=plan.n_ctx,
-                        n_sequences=plan.n_sequences,
-                        parallel=plan.parallel,
+                        loading=loading,
+                        n_sequences=size.n_sequences,
+                        parallel=size.parallel,
                         n_workers=workers,
-                        n_threads=n_threads,
-                        n_gpu_layers=n_gpu_layers,
                         on_step=on_step,
                     ),
                 )
             else:
-                with Amulet.of(
-                    loaded, n_ctx=plan.n_ctx, n_threads=n_threads, n_sequences=plan.n_sequences
-                ) as amulet:
+                with Amulet.of(loaded, loading, size.n_sequences) as amulet:
                     _run(
                         journal,
                         len(todo),
-                        f"{plan.parallel} at a time",
+                        f"{size.parallel} at a time",
                         lambda on_step: (
                             (record, result(record, answer))
-                            for record, answer in answers(amulet, todo, plan.parallel, on_step)
+                            for record, answer in answers(amulet, todo, size.parallel, on_step)
                         ),
                     )
             if order == "input":
                 journal.sort()
-    finally:
-        loaded.close()
 
 
-def _plan(model: Model, records: Sequence[Record], parallel: int | None, n_ctx: int | None) -> Plan:
-    from amulet_gguf.batch.run import plan_batch
+def _size(model: Model, records: Sequence[Record], parallel: int | None, n_ctx: int | None) -> BatchSize:
+    from amulet_gguf.batch.run import size_batch
     from amulet_gguf.cli.terminal import LateBar
 
     valid = [record for record in records if record.error is None]
     with LateBar("Looking at the prompts") as bar:
-        return plan_batch(model, valid, parallel=parallel, n_ctx=n_ctx, progress=bar.update)
+        return size_batch(model, valid, parallel=parallel, n_ctx=n_ctx, progress=bar.update)
 
 
-def _show(model: Model, records: Sequence[Record], todo: Sequence[Record], plan: Plan) -> None:
+def _show(model: Model, records: Sequence[Record], todo: Sequence[Record], size: BatchSize) -> None:
     n_errors = sum(record.error is not None for record in todo)
     most = sum(record.settings.max_tokens for record in todo if record.error is None)
-    size = model.path.stat().st_size
+    n_bytes = model.path.stat().st_size
     for name, value in (
         ("records", f"{len(records):,}"),
         ("done already", f"{len(records) - len(todo):,}"),
         ("not valid", f"{n_errors:,}"),
-        ("prompt tokens to read", f"{plan.prompt_tokens:,} at most"),
+        ("prompt tokens to read", f"{size.prompt_tokens:,} at most"),
         ("answer tokens to write", f"{most:,} at most"),
-        ("at once", f"{plan.parallel} answers, {plan.n_sequences} sequences of {plan.n_ctx:,} tokens"),
+        ("at once", f"{size.parallel} answers, {size.n_sequences} sequences of {size.n_ctx:,} tokens"),
         (
             "memory",
-            f"{size / 1e6:,.0f} MB model + {plan.cache_bytes / 1e6:,.0f} MB cache + about 200 MB",
+            f"{n_bytes / 1e6:,.0f} MB model + {size.cache_bytes / 1e6:,.0f} MB cache + about 200 MB",
         ),
     ):
         click.echo(f"{name:23} {value}")

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from amulet_gguf.cli.options import loaded, model_arguments, model_options
+from amulet_gguf.cli.options import loaded, loading_from, loading_options
 
 
 @click.command()
-@model_options
+@loading_options
 @click.option("--rounds", type=click.IntRange(3, 1000), default=30, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of a table.")
 def bench(
@@ -28,10 +28,10 @@ def bench(
     from amulet_gguf.checks.benchmark import measure
     from amulet_gguf.cli.terminal import LateBar
 
-    arguments = model_arguments(options)
-    arguments["n_ctx"] = arguments["n_ctx"] or 1024
+    loading = loading_from(options)
+    loading = dataclasses.replace(loading, n_ctx=loading.n_ctx or 1024)
     with (
-        loaded(n_sequences=2, **arguments) as amulet,
+        loaded(loading, n_sequences=2) as amulet,
         LateBar("Measuring") as bar,
     ):
         result = measure(amulet, rounds, bar.update)

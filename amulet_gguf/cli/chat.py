@@ -11,33 +11,31 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from amulet_gguf.cli.options import (
     loaded,
-    model_arguments,
-    model_options,
-    preference_options,
-    sampling_options,
+    loading_from,
+    loading_options,
     settings_from,
+    settings_options,
+    typed_settings,
 )
 from amulet_gguf.conversation import sessions
 from amulet_gguf.errors import AmuletError, PromptTooLongError, SettingError
+from amulet_gguf.settings import SETTINGS, describe
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console
 
     from amulet_gguf.conversation.turns import Conversation, Turn
-    from amulet_gguf.settings import Settings
 
 _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
 
 
 @click.command()
-@preference_options
-@sampling_options
-@model_options
+@settings_options
+@loading_options
 @click.option(
     "--resume",
     is_flag=False,
@@ -45,10 +43,7 @@ _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
     metavar="[NAME]",
     help="Go on with a saved conversation, without a name with the last one.",
 )
-@click.pass_context
 def chat(
-    context: click.Context,
-    /,
     resume: str | None,
     **options: Any,
 ) -> None:
@@ -59,8 +54,7 @@ def chat(
     Every answer is saved: amulet chat --resume goes on. Without a terminal, each line of stdin is a
     message.
     """
-    arguments = model_arguments(options)
-    settings = settings_from(**options)
+    loading, settings = loading_from(options), settings_from(options)
 
     from rich.console import Console
 
@@ -73,28 +67,17 @@ def chat(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     n_sequences = max(_SEQUENCES if is_terminal else 1, 1 + len(settings.prefer))
     console = Console(highlight=False, markup=False, emoji=False)
-    with loaded(n_sequences=n_sequences, **arguments) as amulet:
+    with loaded(loading, n_sequences) as amulet:
         from amulet_gguf.conversation.turns import Conversation
 
         chat = Chat(Conversation(amulet, settings), console)
-        if resume is not None:
-            chat.resume(resume, **_typed(context, settings))
+        if resume is not None:  # what is typed goes before what was saved
+            typed = SETTINGS if options["preset"] else typed_settings(options)
+            chat.resume(resume, **{name: getattr(settings, name) for name in typed})
         lines = chat.prompted() if is_terminal else (line.rstrip("\n") for line in sys.stdin)
         failed = chat.run(lines)
     if failed and not is_terminal:
         raise SystemExit(1)
-
-
-def _typed(context: click.Context, settings: Settings) -> dict[str, Any]:
-    """Return those of the settings that were typed: the others are the session's."""
-    source = context.get_parameter_source
-    typed = {name for name in context.params if source(name) is ParameterSource.COMMANDLINE}
-    names = [each.name for each in dataclasses.fields(settings)]
-    if "preset" not in typed:
-        names = [name for name in names if name in typed]
-        if typed & {"alpha", "lam", "eta", "iterations"}:
-            names.append("strength")
-    return {name: getattr(settings, name) for name in names}
 
 
 class Chat:
@@ -143,7 +126,6 @@ class Chat:
 
     def answer(self, text: str) -> bool:
         """Answer a message; return whether anything was written."""
-        from amulet_gguf.cli.slash import describe
         from amulet_gguf.cli.view import AnswerView, listening
 
         if not self._make_room(text):
@@ -240,7 +222,8 @@ class Chat:
 
     def compare(self, text: str) -> None:
         """Answer a message, or the last one again, in four ways; the conversation stays as it is."""
-        from amulet_gguf.cli.compare import columns, methods
+        from amulet_gguf.cli.compare import columns
+        from amulet_gguf.methods import four
 
         settings = self.conversation.settings
         if not settings.prefer:
@@ -252,10 +235,10 @@ class Chat:
             messages = messages[:-2]
             text = self.conversation.messages[-2]["content"]
         asked = [*messages, {"role": "user", "content": text}]
-        four = methods(settings)
-        answers = self.conversation.amulet.compare(None, four, messages=asked)
+        compared = four(settings)
+        answers = self.conversation.amulet.compare(None, compared, messages=asked)
         pieces = {name: answer.pieces for name, answer in answers.items()}
-        self._console.print(columns(self._console, four, pieces))
+        self._console.print(columns(self._console, compared, pieces))
 
     def why(self) -> None:
         """Show what the preferences changed in the last answer."""
@@ -322,7 +305,6 @@ class Chat:
                 return
 
     def _status(self) -> str:
-        from amulet_gguf.cli.slash import describe
 
         n_ctx = self.conversation.amulet.engine.n_ctx
         return f" {describe(self.conversation.settings)}   {self.n_tokens:,} of {n_ctx:,} tokens "

@@ -12,14 +12,14 @@ import click
 
 from amulet_gguf.cli.options import (
     loaded,
-    model_arguments,
-    model_options,
-    preference_options,
+    loading_from,
+    loading_options,
     prompt_options,
     read_prompt,
-    sampling_options,
     settings_from,
+    settings_options,
 )
+from amulet_gguf.methods import four
 from amulet_gguf.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,16 +29,14 @@ if TYPE_CHECKING:
 
     from amulet_gguf.engine.answer import Piece
 
-_LINEAR_ALIGNMENT = 3.0  # its reference implementation's ratio of 2: strength = 1 + ratio
 _MIN_COLUMN = 24
 _REFRESH = 0.1  # seconds
 
 
 @click.command()
 @prompt_options
-@preference_options
-@sampling_options
-@model_options
+@settings_options
+@loading_options
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of columns.")
 def compare(
     prompt: str | None,
@@ -54,23 +52,20 @@ def compare(
     \b
     amulet compare "Describe the sea" --prefer creative
     """
-    if options["max_tokens"] is None:
-        options["max_tokens"] = 200
-    arguments = model_arguments(options)
-    settings = settings_from(**options)
+    loading, settings = loading_from(options), settings_from(options, max_tokens=200)
     if not settings.prefer:
         raise click.UsageError("name something to compare with --prefer")
     text = read_prompt(prompt, file)
-    four = methods(settings)
+    compared = four(settings)
 
     from rich.console import Console
     from rich.live import Live
 
     console = Console(highlight=False, markup=False, emoji=False)
-    pieces: dict[str, list[Piece]] = {name: [] for name in four}
+    pieces: dict[str, list[Piece]] = {name: [] for name in compared}
     n_branches = 1 + len(settings.prefer)
     n_sequences = 1 + len(settings.prefer) + 2 * n_branches
-    with loaded(n_sequences=n_sequences, **arguments) as amulet:
+    with loaded(loading, n_sequences) as amulet:
         live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="ellipsis")
         show = console.is_terminal and not as_json
 
@@ -80,18 +75,18 @@ def compare(
             nonlocal shown_at
             pieces[name].append(piece)
             if show and time.monotonic() - shown_at > _REFRESH:
-                live.update(columns(console, four, pieces), refresh=True)
+                live.update(columns(console, compared, pieces), refresh=True)
                 shown_at = time.monotonic()
 
         if show:
             with live:
-                answers = amulet.compare(text, four, on_piece)
+                answers = amulet.compare(text, compared, on_piece)
         else:
-            answers = amulet.compare(text, four, on_piece)
+            answers = amulet.compare(text, compared, on_piece)
     if as_json:
         record = {
             name: {
-                "strength": four[name].strength if four[name].prefer else 0.0,
+                "strength": compared[name].strength if compared[name].prefer else 0.0,
                 "text": answer.text,
                 "finish_reason": answer.finish_reason,
                 "pieces": [[piece.text, piece.changed] for piece in answer.pieces],
@@ -102,18 +97,7 @@ def compare(
         }
         click.echo(json.dumps(record, ensure_ascii=False))
     else:
-        console.print(columns(console, four, pieces))
-
-
-def methods(settings: Settings) -> dict[str, Settings]:
-    return {
-        "base": dataclasses.replace(settings, prefer=()),
-        "prompting": dataclasses.replace(settings, strength=1.0),
-        "linear alignment": dataclasses.replace(
-            settings, strength=_LINEAR_ALIGNMENT, adapt="none", withhold_echo=False
-        ),
-        "amulet": settings,
-    }
+        console.print(columns(console, compared, pieces))
 
 
 def columns(

@@ -14,11 +14,12 @@ import click
 
 from amulet_gguf.cli.options import (
     complete_models,
-    preference_options,
-    runtime_options,
-    sampling_options,
+    loading_from,
+    loading_options,
     settings_from,
+    settings_options,
 )
+from amulet_gguf.methods import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from amulet_gguf.evaluation.run import Evaluation, Response
     from amulet_gguf.evaluation.table import Result
 
-_METHODS = ("base", "prompting", "linear-alignment", "amulet")
 _PREFERENCES = ("creative", "verbose", "concise", "uplifting")
 _MAX_TOKENS = 128
 _SHOWN = ("win_rate", "reward", "likelihood", "words", "repetition", "unfinished", "echo", "perplexity")
@@ -77,9 +77,8 @@ _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
     help="The method that the judge compares the others to.",
 )
 @click.option("--parallel", type=click.IntRange(1, 256), help="Answers at once. [default: as batch]")
-@preference_options
-@sampling_options
-@runtime_options
+@settings_options
+@loading_options
 def evaluate(
     questions: tuple[Path, ...],
     output: Path,
@@ -89,9 +88,6 @@ def evaluate(
     judge: str | None,
     against: str,
     parallel: int | None,
-    model: str | None,
-    n_gpu_layers: int | None,
-    n_threads: int | None,
     **options: Any,
 ) -> None:
     """Compare methods on QUESTIONS, for several preferences.
@@ -107,39 +103,35 @@ def evaluate(
     amulet eval questions.json -o evaluation --reward other.gguf --judge other.gguf \\
         --method prompting --method amulet --method strong:strength=8 --prefer concise
     """
-    if options["max_tokens"] is None:
-        options["max_tokens"] = _MAX_TOKENS
-    preferences = options.pop("prefer") or _PREFERENCES
-    shared = settings_from(prefer=(), **options)
+    settings = settings_from(options, max_tokens=_MAX_TOKENS)
+    if any(preference.weight != 1 for preference in settings.prefer):
+        raise click.UsageError("a preference has no weight here: strength is the methods' affair")
+    preferences = [preference.name for preference in settings.prefer] or _PREFERENCES
+    shared = settings.replace(prefer=())
 
     from amulet_gguf.cli.terminal import LateBar
-    from amulet_gguf.evaluation.methods import method, sample_questions
+    from amulet_gguf.evaluation.questions import sample_questions
     from amulet_gguf.evaluation.report import html, markdown, write_table
     from amulet_gguf.evaluation.run import Evaluation
     from amulet_gguf.evaluation.table import tabulate
     from amulet_gguf.evaluation.text_measures import MEASURES
     from amulet_gguf.home.files import write_atomically
-    from amulet_gguf.preferences import Preference
+    from amulet_gguf.methods import method
 
-    for preference in preferences:
-        if Preference.parse(preference).weight != 1:
-            raise click.UsageError("a preference has no weight here: strength is the methods' affair")
-    named = dict(method(written, shared) for written in methods or _METHODS)
+    named = dict(method(written, shared) for written in methods or METHODS)
     evaluation = Evaluation(
         folder=output,
         questions=[q for path in questions for q in sample_questions(path, limit, shared.seed or 0)],
         preferences=preferences,
         methods=named,
-        model=model,
+        loading=loading_from(options),
         reward=reward,
         judge=judge,
         against=against,
     )
     begin = time.monotonic()
     with _Bars(LateBar) as bars:
-        responses, values = evaluation.run(
-            parallel=parallel, n_gpu_layers=n_gpu_layers, n_threads=n_threads, progress=bars.update
-        )
+        responses, values = evaluation.run(parallel=parallel, progress=bars.update)
     results = tabulate(values)
     about = _about(evaluation, questions)
     write_table(output, results)
@@ -182,7 +174,7 @@ def _about(evaluation: Evaluation, questions: Sequence[Path]) -> dict[str, str]:
     from amulet_gguf.models.find import find_model
 
     about = {
-        "model": find_model(evaluation.model).name,
+        "model": find_model(evaluation.loading.model).name,
         "questions": f"{len(evaluation.questions)} of {', '.join(path.name for path in questions)}",
         "reward model": Path(evaluation.reward).name if evaluation.reward else "none",
         "judge": Path(evaluation.judge).name if evaluation.judge else "none",
@@ -200,14 +192,10 @@ def _about(evaluation: Evaluation, questions: Sequence[Path]) -> dict[str, str]:
 
 def _changes(settings: Any) -> dict[str, Any]:
     """Return the fields that differ from the defaults."""
-    import dataclasses
-
     from amulet_gguf.settings import Settings
 
-    default = dataclasses.asdict(Settings())
-    return {
-        name: value for name, value in dataclasses.asdict(settings).items() if value != default[name]
-    }
+    default = Settings().as_record()
+    return {name: value for name, value in settings.as_record().items() if value != default[name]}
 
 
 def _examples(evaluation: Evaluation, responses: Sequence[Response]) -> list[dict[str, str]]:

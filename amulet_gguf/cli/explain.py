@@ -10,13 +10,12 @@ import click
 
 from amulet_gguf.cli.options import (
     loaded,
-    model_arguments,
-    model_options,
-    preference_options,
+    loading_from,
+    loading_options,
     prompt_options,
     read_prompt,
-    sampling_options,
     settings_from,
+    settings_options,
 )
 
 if TYPE_CHECKING:
@@ -31,9 +30,8 @@ _SHADES = ("", "on grey23", "on #5c3d00", "on #8a5a00", "on #c47f00")
 
 @click.command()
 @prompt_options
-@preference_options
-@sampling_options
-@model_options
+@settings_options
+@loading_options
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a page that needs nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of the text.")
 def explain(
@@ -53,10 +51,7 @@ def explain(
     amulet explain "Describe the sea" --prefer creative
     amulet explain "Describe the sea" --prefer creative --html sea.html
     """
-    if options["max_tokens"] is None:
-        options["max_tokens"] = 200
-    arguments = model_arguments(options)
-    settings = settings_from(**options)
+    loading, settings = loading_from(options), settings_from(options, max_tokens=200)
     if not settings.prefer:
         raise click.UsageError("name something to explain with --prefer")
     text = read_prompt(prompt, file)
@@ -64,13 +59,13 @@ def explain(
     from rich.console import Console
 
     from amulet_gguf.cli import explained
-    from amulet_gguf.cli.slash import describe
     from amulet_gguf.cli.terminal import LateBar
     from amulet_gguf.conversation.turns import Conversation
     from amulet_gguf.home.files import write_atomically
+    from amulet_gguf.settings import describe
 
     with (
-        loaded(n_sequences=1 + len(settings.prefer), **arguments) as amulet,
+        loaded(loading, n_sequences=1 + len(settings.prefer)) as amulet,
         LateBar("Answering") as bar,
     ):
         name = amulet.model.path.name

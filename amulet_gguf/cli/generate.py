@@ -11,13 +11,12 @@ import click
 
 from amulet_gguf.cli.options import (
     loaded,
-    model_arguments,
-    model_options,
-    preference_options,
+    loading_from,
+    loading_options,
     prompt_options,
     read_prompt,
-    sampling_options,
     settings_from,
+    settings_options,
 )
 
 if TYPE_CHECKING:
@@ -26,9 +25,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @prompt_options
-@preference_options
-@sampling_options
-@model_options
+@settings_options
+@loading_options
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of the text.")
 @click.option(
     "--stats/--no-stats", default=None, help="Counts and speed on stderr. [default: on a terminal]"
@@ -49,15 +47,14 @@ def generate(
     amulet generate "Plan a week in Rome" --prefer concise --prefer formal:0.5 --strength 3
     amulet generate "Summarize this:" --file report.txt --prefer "Explain it to a child."
     """
-    arguments = model_arguments(options)
-    settings = settings_from(**options)
+    loading, settings = loading_from(options), settings_from(options)
     text = read_prompt(prompt, file)
 
     from amulet_gguf.cli.terminal import LateBar, Output
 
     output = Output()
     with (
-        loaded(n_sequences=1 + len(settings.prefer), **arguments) as amulet,
+        loaded(loading, n_sequences=1 + len(settings.prefer)) as amulet,
         LateBar("Reading the prompt") as bar,
         amulet.stream(text, settings=settings, on_prefill=bar.update) as stream,
     ):
@@ -71,11 +68,13 @@ def generate(
         finally:
             output.end_line()
         if as_json:
+            # As `amulet batch` reads it: prompt and settings, and beside them the answer.
             record = {
+                "prompt": text,
+                **settings.as_record(),
                 "text": "".join(piece.text for piece in pieces),
                 "finish_reason": pieces[-1].finish_reason,
                 "model": str(amulet.model.path),
-                "settings": dataclasses.asdict(settings),
                 "usage": dataclasses.asdict(stream.usage),
                 "timings": dataclasses.asdict(stream.timings),
             }

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from amulet_gguf.preferences import PRESETS, Preference
-from amulet_gguf.settings import RANGES, Settings
+from amulet_gguf.declaration import SEVERAL, Setting
+from amulet_gguf.preferences import PRESETS
+from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
 
 if TYPE_CHECKING:
     from amulet_gguf.amulet import Amulet
+    from amulet_gguf.llama.model import Model
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _MAX_PROMPT_BYTES = 16 * 2**20
+_PROFILE: Final = "amulet_gguf.profile"  # in a context's `meta`: values of the chosen profile
+_PAPER: Final = ("alpha", "lam", "eta", "iterations")
+_TYPES: Final = {"number": float, "whole": int}
 
 
 def _stack(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -29,37 +35,6 @@ def _stack(*options: Callable[[Command], Command]) -> Callable[[Command], Comman
         return command
 
     return decorate
-
-
-def _number(*names: str, kind: type = float, help: str, **more: Any) -> Callable[[Command], Command]:
-    """Declare an option for a number of `Settings`, whose range and default its help tells."""
-    field = names[-1].lstrip("-").replace("-", "_")
-    low, high = RANGES[field]
-    default = getattr(Settings(), field)
-    bounds = f"{low} to {high}" if high < 2**31 - 1 else f"from {low}"
-    tail = bounds if default is None else f"{bounds}; default {default:g}"
-    return click.option(*names, type=kind, help=f"{help} [{tail}]", **more)
-
-
-def _apply_profile(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
-    """Make a profile's values the defaults of the command: what is typed wins."""
-    from amulet_gguf.home.config import load_config
-
-    if context.resilient_parsing:  # a shell completes
-        return
-    config = load_config()
-    is_named = name is not None
-    name = name if is_named else config.profile
-    if not name or name == "none":
-        return
-    values = dict(config.values(name))
-    if not is_named and os.environ.get("AMULET_MODEL"):
-        values.pop("model", None)  # said for this command, more than a default profile is
-    if isinstance(prefer := values.get("prefer"), str):
-        values["prefer"] = [prefer]
-    if isinstance(stop := values.get("stop"), str):
-        values["stop"] = [stop]
-    context.default_map = {**values, **(context.default_map or {})}
 
 
 def _completes(
@@ -91,7 +66,62 @@ def _model_names() -> Iterable[str]:
 
 complete_models = _completes(_model_names)
 complete_profiles = _completes(_profile_names)
-complete_preferences = _completes(lambda: PRESETS)
+_COMPLETIONS: Final = {"model": complete_models, "prefer": _completes(lambda: PRESETS)}
+
+
+def _option(name: str, declared: Setting) -> Callable[[Command], Command]:
+    """Return the option of a setting: None, or () of several, where it is not typed."""
+    long = f"--{name.replace('_', '-')}"
+    names = [declared.flag, long] if declared.flag else [long]
+    more: dict[str, Any] = {"metavar": declared.metavar or None}
+    if declared.kind == "switch":
+        names = [f"{long}/{declared.off}"]
+        more = {}
+    elif declared.kind == "choice":
+        more = {"type": click.Choice(declared.choices)}
+    elif declared.is_number:
+        more = {"type": _TYPES[declared.kind]}
+    if declared.kind in SEVERAL:
+        more["multiple"] = True
+    return click.option(
+        *names,
+        default=None,
+        help=" ".join(filter(None, [declared.help, _bounds(declared)])),
+        shell_complete=_COMPLETIONS.get(name),
+        **more,
+    )
+
+
+def _bounds(declared: Setting) -> str:
+    """Return the range and default of a setting as its help tells them."""
+    default, parts = declared.otherwise, []
+    if declared.is_number and declared.default is not None:
+        default = f"{declared.default:g}"
+    elif declared.kind == "choice":
+        default = declared.default
+    if declared.is_number and not declared.otherwise:
+        low, high = declared.low, declared.high
+        parts.append(f"{low} to {high}" if high < 2**31 - 1 else f"from {low}")
+    if default:
+        parts.append(f"default {default}" if parts else f"default: {default}")
+    return f"[{'; '.join(parts)}]" if parts else ""
+
+
+def _take_profile(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
+    """Keep the values of the profile that is asked for, or of the default one."""
+    from amulet_gguf.home.config import load_config
+
+    if context.resilient_parsing:  # a shell completes
+        return
+    config = load_config()
+    is_named = name is not None
+    name = name if is_named else config.profile
+    if not name or name == "none":
+        return
+    values = dict(config.values(name))
+    if not is_named and os.environ.get("AMULET_MODEL"):
+        values.pop("model", None)  # said for this command, more than a default profile is
+    context.meta[_PROFILE] = values
 
 
 prompt_options = _stack(
@@ -104,84 +134,24 @@ prompt_options = _stack(
     ),
 )
 
-_model = click.option(
-    "-m",
-    "--model",
-    shell_complete=complete_models,
-    help="File, name or prefix of a model (amulet models ls). Otherwise $AMULET_MODEL, the default "
-    "model, or the bundled one.",
-)
-_profile = click.option(
-    "--profile",
-    envvar="AMULET_PROFILE",
-    is_eager=True,
-    expose_value=False,
-    callback=_apply_profile,
-    shell_complete=complete_profiles,
-    help='Begin with the options of a profile (amulet profiles ls); "none" with those of none.',
-)
-_n_gpu_layers = click.option(
-    "--n-gpu-layers", type=int, help="Layers to run on the GPU, -1 for all. [default: all, if it can]"
-)
-_n_threads = click.option("-t", "--n-threads", type=int, help="CPU threads. [default: physical cores]")
-
-#: Of a command that sizes its contexts itself.
-runtime_options = _stack(_model, _profile, _n_gpu_layers, _n_threads)
-model_options = _stack(
-    _model,
-    _profile,
+#: Of a command that runs a model: how to load it.
+loading_options = _stack(
+    _option("model", LOADING["model"]),
     click.option(
-        "-c",
-        "--n-ctx",
-        type=int,
-        help="Tokens of prompt and answer together. [default: 4096, or the model's if less]",
+        "--profile",
+        envvar="AMULET_PROFILE",
+        is_eager=True,
+        expose_value=False,
+        callback=_take_profile,
+        shell_complete=complete_profiles,
+        help='Begin with the options of a profile (amulet profiles ls); "none" with those of none.',
     ),
-    _n_gpu_layers,
-    _n_threads,
-    click.option(
-        "--rpc",
-        metavar="HOST:PORT[,…]",
-        help="Spread the model over llama.cpp's RPC servers, on a network that you trust.",
-    ),
+    *(_option(name, each) for name, each in LOADING.items() if name != "model"),
 )
 
-preference_options = _stack(
-    click.option(
-        "-p",
-        "--prefer",
-        multiple=True,
-        metavar="TEXT[:WEIGHT]",
-        shell_complete=complete_preferences,
-        help="What the answer should be: one of "
-        + ", ".join(PRESETS)
-        + ", or a sentence of your own. Repeat for several; a negative weight pushes away.",
-    ),
-    _number(
-        "-s",
-        "--strength",
-        help="0: the base model, 1: ordinary prompting, more: amplified beyond it.",
-    ),
-    _number(
-        "--plausibility",
-        help="Rule out tokens less probable than this share of the best one, by ordinary prompting.",
-    ),
-    click.option(
-        "--adapt",
-        type=click.Choice(["none", "divergence", "entropy"]),
-        help="Go to the full strength at every token (none), or as far as the preference makes a "
-        "difference to it, or as far as prompting is uncertain of it. [default: divergence]",
-    ),
-    click.option(
-        "--withhold-echo/--amplify-echo",
-        default=None,
-        help="Amplify the words of the preference itself, or not. [default: withhold]",
-    ),
-    click.option(
-        "--placement",
-        type=click.Choice(["turn", "system"]),
-        help="Say the preference at the end of your message, or of the system prompt. [default: turn]",
-    ),
-    click.option("--system", metavar="TEXT", help="System prompt. [default: the model's own]"),
+#: What and how to write.
+settings_options = _stack(
+    *(_option(name, each) for name, each in SETTINGS.items()),
     click.option(
         "--preset",
         type=click.Choice(["paper"]),
@@ -191,18 +161,6 @@ preference_options = _stack(
     click.option("--lam", type=float, help="The paper's lambda. [paper: 2]"),
     click.option("--eta", type=float, help="The paper's eta. [paper: 10]"),
     click.option("--iterations", type=int, help="The paper's T. [paper: 60]"),
-)
-
-sampling_options = _stack(
-    _number("-n", "--max-tokens", kind=int, help="Length of the answer at most."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
-    _number("--temperature", help="0: always the best token; more: more varied."),
-    _number("--top-k", kind=int, help="Keep the best k tokens; 0: all."),
-    _number("--top-p", help="Keep the best tokens up to this probability."),
-    _number("--min-p", help="Keep tokens at least this times as probable as the best."),
-    _number("--repeat-penalty", help="Make recent tokens less probable; 1: off."),
-    _number("--repeat-last-n", kind=int, help="Tokens the penalty looks back."),
-    _number("--seed", kind=int, help="Same seed, same text."),
 )
 
 
@@ -233,55 +191,69 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     return text
 
 
-def settings_from(
-    prefer: tuple[str, ...],
-    preset: str | None,
-    alpha: float | None,
-    lam: float | None,
-    eta: float | None,
-    iterations: int | None,
-    stop: tuple[str, ...],
-    **numbers: Any,
-) -> Settings:
-    """Return settings for what was typed; options that were not typed are None."""
-    import dataclasses
-
-    given = {name: value for name, value in numbers.items() if value is not None}
-    paper = {"alpha": alpha, "lam": lam, "eta": eta, "iterations": iterations}
-    paper = {name: value for name, value in paper.items() if value is not None}
+def typed_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that were typed, those of the paper's parameters among them, by field."""
+    given = {name: options[name] for name in SETTINGS if options[name] not in (None, ())}
+    paper = {name: options[name] for name in _PAPER if options[name] is not None}
     if paper:
         if "strength" in given:
             raise click.UsageError(f"--strength and --{next(iter(paper))} both set the strength")
         from amulet_gguf.method.realign import strength
 
-        given["strength"] = strength(**paper)  # type: ignore[arg-type]
-    given["prefer"] = tuple(Preference.parse(text) for text in prefer)
-    if stop:
-        given["stop"] = stop
-    return dataclasses.replace(Settings.paper() if preset == "paper" else Settings(), **given)
+        given["strength"] = strength(**paper)
+    return given
 
 
-def model_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the values of `model_options` out of all that was typed, for `loaded`."""
-    return {name: options.pop(name) for name in ("model", "n_ctx", "n_gpu_layers", "n_threads", "rpc")}
+def settings_from(options: Mapping[str, Any], **defaults: Any) -> Settings:
+    """Return the settings of a command: what was typed, else what the profile says, else the defaults.
+
+    Args:
+        options: values of `settings_options`.
+        **defaults: of this command, where they differ.
+    """
+    profile = _profile()
+    preset = options["preset"] or profile.get("preset")
+    start = (Settings.paper() if preset == "paper" else Settings()).replace(**defaults)
+    values = {name: each for name, each in profile.items() if name in SETTINGS}
+    return dataclasses.replace(start, **{**values, **typed_settings(options)})
+
+
+def loading_from(options: Mapping[str, Any]) -> Loading:
+    """Return how to load the model, from the values of `loading_options` and the profile."""
+    given = {name: options[name] for name in LOADING if options[name] is not None}
+    profile = {name: each for name, each in _profile().items() if name in LOADING}
+    return Loading(**{**profile, **given})
+
+
+def _profile() -> Mapping[str, Any]:
+    values: Mapping[str, Any] = click.get_current_context().meta.get(_PROFILE, {})
+    return values
 
 
 @contextlib.contextmanager
-def loaded(model: str | None, n_sequences: int, **arguments: Any) -> Iterator[Amulet]:
-    """Load the model that was asked for, with a progress bar if that takes long.
-
-    Args:
-        **arguments: of `Amulet.load`.
-    """
+def loaded(loading: Loading, n_sequences: int) -> Iterator[Amulet]:
+    """Load the model that was asked for, with a progress bar if that takes long."""
     from amulet_gguf.amulet import Amulet
     from amulet_gguf.cli.terminal import LateBar
 
     with LateBar("Loading the model") as bar:
         amulet = Amulet.load(
-            model,
+            loading.model,
             n_sequences=n_sequences,
             progress=lambda fraction: bar.update(fraction, 1.0),
-            **arguments,
+            **loading.options,
         )
     with amulet:
         yield amulet
+
+
+@contextlib.contextmanager
+def loaded_model(loading: Loading) -> Iterator[Model]:
+    """Load a model alone, whose context is sized later."""
+    from amulet_gguf.amulet import load_model
+    from amulet_gguf.cli.terminal import LateBar
+
+    with LateBar("Loading the model") as bar:
+        model = load_model(loading, progress=lambda fraction: bar.update(fraction, 1.0))
+    with model:
+        yield model

@@ -10,15 +10,14 @@ import click
 
 from amulet_gguf.cli.options import (
     complete_profiles,
-    model_arguments,
-    model_options,
-    preference_options,
-    sampling_options,
-    settings_from,
+    loading_options,
+    settings_options,
+    typed_settings,
 )
 from amulet_gguf.errors import ConfigError
 from amulet_gguf.home import config
 from amulet_gguf.home.paths import config_file
+from amulet_gguf.settings import LOADING
 
 
 @click.group()
@@ -77,31 +76,19 @@ def show(name: str, as_json: bool) -> None:
 
 @profiles.command()
 @click.argument("name")
-@preference_options
-@sampling_options
-@model_options
+@settings_options
+@loading_options
 @click.option("--replace", is_flag=True, help="Replace a profile that has the name.")
 @click.option("--default", "is_default", is_flag=True, help="Make it the default profile.")
-@click.pass_context
-def add(context: click.Context, /, name: str, replace: bool, is_default: bool, **options: Any) -> None:
+def add(name: str, replace: bool, is_default: bool, **options: Any) -> None:
     """Keep options as profile NAME.
 
     \b
     amulet profiles add work --prefer concise --prefer formal:0.5 --strength 4 --default
     """
-    typed = click.core.ParameterSource.COMMANDLINE
-    values = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in options.items()
-        if context.get_parameter_source(key) is typed and key != "rpc"
-    }
-    paper = [key for key in ("alpha", "lam", "eta", "iterations") if key in values]
-    if paper:
-        given = dict(options)
-        model_arguments(given)
-        values["strength"] = settings_from(**given).strength
-        for key in paper:
-            del values[key]
+    others = {key: options[key] for key in (*LOADING, "preset") if options[key] is not None}
+    values = {**typed_settings(options), **others}
+    values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
     if name in config.load_config().profiles and not replace:
         raise ConfigError(f"there is a profile {name!r} already: --replace replaces it")
     if not values:

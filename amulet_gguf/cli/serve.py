@@ -12,19 +12,17 @@ from typing import Any
 import click
 
 from amulet_gguf.cli.options import (
-    model_arguments,
-    model_options,
-    preference_options,
-    sampling_options,
+    loading_from,
+    loading_options,
     settings_from,
+    settings_options,
 )
 from amulet_gguf.errors import SettingError
 
 
 @click.command()
-@preference_options
-@sampling_options
-@model_options
+@settings_options
+@loading_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
 @click.option(
@@ -83,9 +81,7 @@ def serve(
     amulet serve --prefer concise
     curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
     """
-    arguments = model_arguments(options)
-    model = arguments.pop("model")
-    settings = settings_from(**options)
+    loading, settings = loading_from(options), settings_from(options)
     try:
         from amulet_gguf.server.app import Served, create_app
         from amulet_gguf.server.guard import Access
@@ -107,17 +103,18 @@ def serve(
         bar = stack.enter_context(LateBar("Loading the model"))
         service = stack.enter_context(
             AmuletService(
-                model,
+                loading.model,
                 max_waiting=queue,
                 n_sequences=n_sequences,
                 on_load=lambda fraction: bar.update(fraction, 1.0),
-                **arguments,
+                **loading.options,
             )
         )
         path = service.wait_ready().model.path
         bar.close()
-        is_name = model is not None and not model.endswith(".gguf") and os.sep not in model
-        name = model if model is not None and is_name else path.stem.lower()
+        asked = str(loading.model or ".gguf")
+        is_name = not asked.endswith(".gguf") and os.sep not in asked
+        name = asked if is_name else path.stem.lower()
         served = Served(service, name, settings, load_config(), limit_tokens, n_sequences)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}"

@@ -84,8 +84,8 @@ def remove(names: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write JSON instead of Markdown.")
 def export(name: str, as_json: bool) -> None:
     """Write a conversation to stdout, as Markdown."""
-    from amulet_gguf.cli.slash import describe
     from amulet_gguf.conversation import sessions
+    from amulet_gguf.settings import describe
 
     session = sessions.load(name)
     if as_json:

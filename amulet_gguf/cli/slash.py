@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from amulet_gguf.conversation import sessions
+from amulet_gguf.declaration import SEVERAL, find
 from amulet_gguf.errors import AmuletError, SettingError
-from amulet_gguf.preferences import PRESETS, Preference
-from amulet_gguf.settings import RANGES, Settings
+from amulet_gguf.preferences import PRESETS, parse_preferences
+from amulet_gguf.settings import SETTINGS, describe
 
 if TYPE_CHECKING:
     from amulet_gguf.cli.chat import Chat
@@ -49,33 +50,6 @@ def run(chat: Chat, line: str) -> None:
     command.run(chat, rest.strip())
 
 
-def parse_preferences(text: str) -> tuple[Preference, ...]:
-    """Read what follows /prefer: names of presets, or sentences with ";" between them.
-
-    Raises:
-        SettingError: as `Preference.parse`.
-    """
-    words = text.replace(",", " ").split()
-    if words and all(word.partition(":")[0].lower() in PRESETS for word in words):
-        parts = words
-    else:
-        parts = [part for part in text.split(";") if part.strip()]
-    return tuple(Preference.parse(part) for part in parts)
-
-
-def describe(settings: Settings) -> str:
-    """Return preferences and strength in few words: "concise, formal:0.5 · strength 5.65"."""
-    if not settings.prefer:
-        return "no preference"
-    names = {text: name for name, text in PRESETS.items()}
-    parts = []
-    for preference in settings.prefer:
-        name = names.get(preference.text, preference.text)
-        name = name if len(name) <= 40 else name[:39] + "…"
-        parts.append(name if preference.weight == 1 else f"{name}:{preference.weight:g}")
-    return f"{', '.join(parts)} · strength {settings.strength:g}"
-
-
 def _change(chat: Chat, **changes: Any) -> None:
     chat.conversation.settings = dataclasses.replace(chat.conversation.settings, **changes)
 
@@ -93,7 +67,7 @@ def _prefer(chat: Chat, text: str) -> None:
 
 def _strength(chat: Chat, text: str) -> None:
     if text:
-        _change(chat, strength=_number("strength", text))
+        _change(chat, strength=SETTINGS["strength"].parse("strength", text))
     chat.tell(
         describe(chat.conversation.settings)
         if chat.conversation.settings.prefer
@@ -101,45 +75,22 @@ def _strength(chat: Chat, text: str) -> None:
     )
 
 
-def _number(name: str, text: str) -> float | int:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        low, high = RANGES[name]
-        raise SettingError(f"{name} must be a number from {low} to {high}, got {text!r}") from None
-
-
 def _set(chat: Chat, text: str) -> None:
     name, _, value = text.partition(" ")
-    fields = [each.name for each in dataclasses.fields(Settings)]
     if not name:
         _show(chat, "")
         return
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        raise SettingError(
-            f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+    setting = find(name, SETTINGS)
     value = value.strip()
     if name == "prefer":
         _prefer(chat, value)
         return
     if not value:
         raise SettingError(f"name a value: /set {name} VALUE")
-    parsed: Any = value
-    if name in RANGES:
-        parsed = None if name == "seed" and value == "none" else _number(name, value)
-    elif name == "withhold_echo":
-        words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-        parsed = words.get(value.lower(), value)
-    elif name == "stop":
-        parsed = () if value == "none" else tuple(_split(value))
-    elif name == "system":
-        parsed = None if value == "none" else value
+    if setting.kind in SEVERAL and value.lower() != "none" and value[:1] not in "[{":
+        parsed: Any = _split(value)
+    else:
+        parsed = setting.parse(name, value)
     _change(chat, **{name: parsed})
     chat.tell(f"{name} = {getattr(chat.conversation.settings, name)!r}")
 
@@ -159,11 +110,7 @@ def _show(chat: Chat, _text: str) -> None:
     for number, preference in enumerate(settings.prefer, 1):
         chat.tell(f"  {number}. {preference.text} (weight {preference.weight:g})")
     chat.tell(f"system: {settings.system or 'as the model has it'}")
-    others = [
-        f"{f.name} {getattr(settings, f.name)}"
-        for f in dataclasses.fields(Settings)
-        if f.name not in _SHOWN_ELSEWHERE
-    ]
+    others = [f"{name} {getattr(settings, name)}" for name in SETTINGS if name not in _SHOWN_ELSEWHERE]
     chat.tell(", ".join(others))
     chat.tell(
         f"{len(chat.conversation.messages) // 2} turns, {chat.n_tokens:,} of "
@@ -250,7 +197,7 @@ def _exit(_chat: Chat, _text: str) -> None:
 
 
 def _setting_names() -> Sequence[str]:
-    return [each.name for each in dataclasses.fields(Settings)]
+    return list(SETTINGS)
 
 
 def _session_names() -> Sequence[str]:

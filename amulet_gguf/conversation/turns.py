@@ -6,7 +6,6 @@ of the next, whatever is preferred then.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,7 @@ class Turn(Iterator[Piece]):
         Raises:
             SettingError: out of range.
         """
-        self.settings = self._owner.settings = dataclasses.replace(self.settings, strength=strength)
+        self.settings = self._owner.settings = self.settings.replace(strength=strength)
         self._generation.mixture = self._owner.amulet.planner.mixture(self.settings)
 
     def cancel(self) -> None:
@@ -111,7 +110,7 @@ class Conversation:
             SettingError, PromptError: at once. `PromptTooLongError`: see `drop_oldest`.
             EngineError: from the iterator.
         """
-        self.settings = dataclasses.replace(self.settings, **options)  # type: ignore[arg-type]
+        self.settings = self.settings.replace(**options)
         generation = self.amulet.engine.submit(self._request(text))
         return Turn(self, generation, Stream(self.amulet.engine, generation, on_prefill), text)
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from amulet_gguf.amulet import Amulet
+from amulet_gguf.amulet import Amulet, load_model
 from amulet_gguf.batch.journal import Journal
 from amulet_gguf.batch.records import Record, digest
-from amulet_gguf.batch.run import answers, plan_batch, result
+from amulet_gguf.batch.run import answers, result, size_batch
 from amulet_gguf.errors import BatchError, PromptTooLongError, SettingError
-from amulet_gguf.evaluation.methods import make_records
+from amulet_gguf.evaluation.questions import make_records
 from amulet_gguf.evaluation.scoring import Scorer
 from amulet_gguf.evaluation.table import Value
 from amulet_gguf.evaluation.text_measures import text_measures
-from amulet_gguf.llama.model import Model
 from amulet_gguf.models.find import find_model
 from amulet_gguf.preferences import Preference
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import Loading, Settings
 
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
@@ -55,7 +54,7 @@ class Evaluation:
         folder: where everything is written and found again.
         questions, preferences: every method answers every question for every preference.
         methods: settings by name.
-        model: the model that answers; None as in `Amulet.load`.
+        loading: of the model that answers, and how; the others are loaded in the same way.
         reward: model that says how probable answers are; not the one that answers. None leaves out
             perplexity, reward and likelihood.
         judge: model that compares answers in pairs; None leaves that out.
@@ -66,7 +65,7 @@ class Evaluation:
     questions: Sequence[str]
     preferences: Sequence[str]
     methods: Mapping[str, Settings]
-    model: str | None = None
+    loading: Loading = field(default_factory=Loading)
     reward: str | None = None
     judge: str | None = None
     against: str = "prompting"
@@ -75,8 +74,6 @@ class Evaluation:
         self,
         *,
         parallel: int | None = None,
-        n_gpu_layers: int | None = None,
-        n_threads: int | None = None,
         progress: Progress = lambda what, done, total: None,
     ) -> tuple[list[Response], list[Value]]:
         """Do what is not done yet, and return all answers and the measures of each.
@@ -91,40 +88,34 @@ class Evaluation:
                 f"answers are compared to those of {self.against!r}, which is not among them"
             )
         if self.reward is not None and identity(find_model(self.reward)) == identity(
-            find_model(self.model)
+            find_model(self.loading.model)
         ):
             raise SettingError(
                 "the reward must come of another model than the answers: a model finds its own probable"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        responses = self._answer(parallel, n_gpu_layers, n_threads, progress)
+        responses = self._answer(parallel, progress)
         values = list(self._measure(responses))
         if self.reward is not None:
-            values += self._reward(responses, n_threads, progress)
+            values += self._reward(responses, progress)
         if self.judge is not None:
-            values += self._judge(responses, n_threads, progress)
+            values += self._judge(responses, progress)
         return responses, values
 
-    def _answer(
-        self, parallel: int | None, n_gpu_layers: int | None, n_threads: int | None, progress: Progress
-    ) -> list[Response]:
-        path = find_model(self.model)
+    def _answer(self, parallel: int | None, progress: Progress) -> list[Response]:
+        path = find_model(self.loading.model)
         records = make_records(self.questions, self.preferences, self.methods)
         keys = {record.line: record.key(identity(path)) for record in records}
         with Journal(self.folder / "responses.jsonl", keys) as journal:
             todo = [record for record in records if record.line not in journal.done]
             if todo:
-                model = Model(path, n_gpu_layers=n_gpu_layers)
-                try:
-                    plan = plan_batch(model, todo, parallel=parallel)
-                    with Amulet.of(
-                        model, n_ctx=plan.n_ctx, n_threads=n_threads, n_sequences=plan.n_sequences
-                    ) as amulet:
-                        for record, answer in answers(amulet, todo, plan.parallel):
+                with load_model(self.loading) as model:
+                    size = size_batch(model, todo, parallel=parallel, n_ctx=self.loading.n_ctx)
+                    loading = replace(self.loading, n_ctx=size.n_ctx)
+                    with Amulet.of(model, loading, size.n_sequences) as amulet:
+                        for record, answer in answers(amulet, todo, size.parallel):
                             journal.append(record.line, result(record, answer))
                             progress("Answering", len(journal.done), len(records))
-                finally:
-                    model.close()
                 journal.sort()
             results = list(journal.results())
         return [_response(record, found) for record, found in zip(records, results, strict=True)]
@@ -147,9 +138,7 @@ class Evaluation:
                 if response.preference in (preference, ""):
                     yield response, preference
 
-    def _reward(
-        self, responses: Sequence[Response], n_threads: int | None, progress: Progress
-    ) -> Iterator[Value]:
+    def _reward(self, responses: Sequence[Response], progress: Progress) -> Iterator[Value]:
         name = identity(find_model(self.reward))
         pairs = sorted(self._pairs(responses), key=lambda pair: (pair[0].question, pair[1]))
         keys = {
@@ -158,7 +147,7 @@ class Evaluation:
         }
         with Journal(self.folder / "rewards.jsonl", keys) as journal:
             if len(journal.done) < len(pairs):
-                with Scorer(self.reward, n_threads=n_threads) as scorer:
+                with Scorer(replace(self.loading, model=self.reward)) as scorer:
                     for line, (response, preference) in enumerate(pairs, 1):
                         if line not in journal.done:
                             journal.append(line, _likelihoods(scorer, response, preference))
@@ -175,9 +164,7 @@ class Evaluation:
             ):
                 yield Value(response.question, response.method, preference, measure, value)
 
-    def _judge(
-        self, responses: Sequence[Response], n_threads: int | None, progress: Progress
-    ) -> Iterator[Value]:
+    def _judge(self, responses: Sequence[Response], progress: Progress) -> Iterator[Value]:
         name = identity(find_model(self.judge))
         others = {
             (response.question, preference): response
@@ -191,7 +178,7 @@ class Evaluation:
         }
         with Journal(self.folder / "judgements.jsonl", keys) as journal:
             if len(journal.done) < len(pairs):
-                with Scorer(self.judge, n_threads=n_threads) as scorer:
+                with Scorer(replace(self.loading, model=self.judge)) as scorer:
                     for line, (response, preference) in enumerate(pairs, 1):
                         if line not in journal.done:
                             other = others[response.question, preference]

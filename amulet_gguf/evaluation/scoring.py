@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from amulet_gguf.amulet import load_model
 from amulet_gguf.errors import PromptTooLongError, SettingError
 from amulet_gguf.llama.context import Context
-from amulet_gguf.llama.model import Model
 from amulet_gguf.method.adaptive import log_sum
 from amulet_gguf.method.arrays import Float64Array, Tokens
-from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import conversation, with_preference
+from amulet_gguf.settings import Loading
 
 _N_PROMPTS: Final = 3  # prompts kept in the cache: answers come grouped by question and preference
+_N_CTX: Final = 2048
 _BATCH: Final = 128
 _LABELS: Final = ("A", "B")
 _QUESTION: Final = """\
@@ -69,25 +69,23 @@ class Verdict:
 class Scorer:
     """One model, loaded to score with."""
 
-    def __init__(
-        self, path: str | Path | None, *, n_ctx: int = 2048, n_threads: int | None = None
-    ) -> None:
+    def __init__(self, loading: Loading) -> None:
         """Load the model.
 
         Raises:
             As `amulet_gguf.amulet.Amulet.load`.
         """
-        self._model = Model(find_model(path))
+        self._model = load_model(loading)
         try:
-            size = min(n_ctx, self._model.n_ctx_train or n_ctx)
+            n_ctx = loading.n_ctx or min(_N_CTX, self._model.n_ctx_train or _N_CTX)
             self._planner = Planner(self._model)
             self._context = Context(
                 self._model,
-                n_ctx=size,
+                n_ctx=n_ctx,
                 n_sequences=_N_PROMPTS + 1,
                 n_batch=_BATCH,
                 n_outputs=_BATCH,
-                n_threads=n_threads,
+                n_threads=loading.n_threads,
             )
         except BaseException:
             self._model.close()

@@ -14,18 +14,14 @@ from typing import TYPE_CHECKING, Any, Final
 from amulet_gguf.errors import ConfigError, SettingError
 from amulet_gguf.home.files import write_atomically
 from amulet_gguf.home.paths import config_file
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import LOADING, SETTINGS, Settings
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument
 
 _MAX_BYTES: Final = 2**20
 _MAX_TRIES: Final = 50
-_SETTINGS: Final = tuple(each.name for each in dataclasses.fields(Settings))
-_TEXTS: Final = ("model", "preset")
-#: Options of the model, beside those of `Settings` and "preset".
-_MODEL_KEYS: Final = ("model", "n_ctx", "n_gpu_layers", "n_threads")
-_PROFILE_KEYS: Final = (*_SETTINGS, "preset", *_MODEL_KEYS)
+_PROFILE_KEYS: Final = (*SETTINGS, "preset", *LOADING)
 _TOP_KEYS: Final = ("model", "profile", "profiles")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
@@ -77,7 +73,7 @@ class Config:
         """
         values = self.values(name)
         start = Settings.paper() if values.get("preset") == "paper" else start
-        return dataclasses.replace(start, **{key: values[key] for key in values if key in _SETTINGS})
+        return dataclasses.replace(start, **{key: values[key] for key in values if key in SETTINGS})
 
 
 def load_config() -> Config:
@@ -126,7 +122,7 @@ def parse(text: str, path: Path) -> Config:
             except SettingError as error:
                 raise fail(table, key, f"{key} in [{table}]: {error}") from None
         try:
-            Settings(**{key: values[key] for key in values if key in _SETTINGS})
+            Settings(**{key: values[key] for key in values if key in SETTINGS})
         except SettingError as error:
             raise fail(table, "", f"[{table}]: {error}") from None
     default = document.get("profile")
@@ -137,16 +133,11 @@ def parse(text: str, path: Path) -> Config:
 
 def check(key: str, value: Any) -> None:
     """Raise SettingError unless a profile may have this value for this key."""
-    if key in _SETTINGS:
-        if key == "seed" or value is not None:
-            Settings(**{key: value})
-    elif key in _TEXTS:
-        if not isinstance(value, str) or not value:
-            raise SettingError(f"{key} must be a text, got {value!r}")
-        if key == "preset" and value != "paper":
-            raise SettingError(f'preset must be "paper", got {value!r}')
-    elif isinstance(value, bool) or not isinstance(value, int):
-        raise SettingError(f"{key} must be a whole number, got {value!r}")
+    if key == "preset":
+        if value != "paper":
+            raise SettingError(f'preset must be "paper", got {value!r}', key)
+    elif value is not None:
+        (SETTINGS if key in SETTINGS else LOADING)[key].checked(key, value)
 
 
 def set_model(name: str | None) -> None:

@@ -13,7 +13,8 @@ from amulet_gguf.llama.gguf import Header, parts, read_header, shown
 
 #: Context of a model that could take more: the memory of a cache grows with it.
 DEFAULT_N_CTX: Final = 4096
-_CELLS: Final = 256  # a context is a multiple of it
+#: The smallest context; all are a multiple of it.
+MIN_N_CTX: Final = 256
 # Python, numba and LLVM take 110 MB. The rest was fitted to what `amulet bench` measured: 183 MB beyond
 # model and cache with V = 49,152, and 242 MB with V = 151,936.
 _BASE: Final = 155_000_000
@@ -47,7 +48,7 @@ def estimate(header: Header, weights: int, n_ctx: int, n_sequences: int) -> Esti
     """
     return Estimate(
         weights=weights,
-        cache=cache_bytes(header, -(-n_ctx // _CELLS) * _CELLS, n_sequences),
+        cache=cache_bytes(header, -(-n_ctx // MIN_N_CTX) * MIN_N_CTX, n_sequences),
         work=_BASE + _PER_TOKEN_OF_VOCABULARY * header.n_vocab,
     )
 
@@ -84,13 +85,13 @@ def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int |
     needed = estimate(header, weights, n_ctx, n_sequences)
     if needed.total <= available:
         return
-    per_cell = estimate(header, weights, _CELLS, n_sequences).cache
+    per_cell = estimate(header, weights, MIN_N_CTX, n_sequences).cache
     spare = available - needed.weights - needed.work
-    largest = spare // per_cell * _CELLS if per_cell else 0
-    if largest >= _CELLS:
+    largest = spare // per_cell * MIN_N_CTX if per_cell else 0
+    if largest >= MIN_N_CTX:
         cure = f"it would fit with --n-ctx {largest}"
-    elif n_sequences > 1 and spare >= estimate(header, weights, _CELLS, 1).cache:
-        cure = f"it would fit with --n-ctx {_CELLS} and fewer preferences"
+    elif n_sequences > 1 and spare >= estimate(header, weights, MIN_N_CTX, 1).cache:
+        cure = f"it would fit with --n-ctx {MIN_N_CTX} and fewer preferences"
     else:
         cure = "choose a smaller model or quantization, or close other programs"
     name = shown(Path(path.name))

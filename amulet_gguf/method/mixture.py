@@ -47,7 +47,7 @@ class Realignment:
 def realign(
     weights: Sequence[float], strength: float, plausibility: float, *, keep_branches: bool = False
 ) -> Realignment:
-    """Plan a generation: strength 0 decodes the base alone, one preference at strength 1 itself alone.
+    """Say what a generation needs: at strength 0 the base alone, at 1 one preference alone.
 
     Where all coefficients lie between 0 and 1, the result is a mean of the branches. It promotes no
     token that all of them find improbable, so plausibility is left out, and so are unused branches,

@@ -16,7 +16,10 @@ import numpy.typing as npt
 from amulet_gguf.method._kernel import kernel
 from amulet_gguf.method.arrays import BLOCK, Float32Array
 from amulet_gguf.method.realign import argmax, largest_key
+from amulet_gguf.settings import Settings
 
+#: Greedy, and nothing more.
+PLAIN: Final = Settings(repeat_penalty=1.0)
 _MAX_SCALE: Final = 1e30  # leaves the best tokens alone as surely as infinity, without its NaN
 _LOWEST: Final = np.finfo(np.float32).min  # below it there are only masked tokens
 _FIRST_WINDOW: Final = 4.0  # nats below the best logit; holds the nucleus of most real rows
@@ -25,37 +28,22 @@ _FIRST_WINDOW: Final = 4.0  # nats below the best logit; holds the nucleus of mo
 class Sampler:
     """Chooses the tokens of one generation; equal seeds on equal logits choose equal tokens.
 
-    The caller validates (see `amulet_gguf.settings.Settings`, which gives the ranges).
+    Of its settings it takes:
 
-    Args:
-        temperature: 0 takes the most probable token; otherwise logits are divided by it.
-        top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the fewest most probable tokens whose probability reaches this; 1 keeps all.
-        min_p: keep tokens at least this times as probable as the best; 0 keeps all.
-        repeat_penalty: divides positive and multiplies negative logits of tokens among the last
-            `repeat_last_n` written (Keskar et al. 2019, arXiv 1909.05858); 1 changes nothing.
-            The prompt is not counted: a question's own words are needed in its answer.
-        repeat_last_n: tokens the penalty looks back.
-        seed: of the random numbers; None draws one from the system.
+    - temperature: 0 takes the most probable token; otherwise logits are divided by it.
+    - top_k: keep the k most probable tokens; 0 keeps all.
+    - top_p: keep the fewest most probable tokens whose probability reaches this; 1 keeps all.
+    - min_p: keep tokens at least this times as probable as the best; 0 keeps all.
+    - repeat_penalty: divides positive and multiplies negative logits of tokens among the last
+      `repeat_last_n` written (Keskar et al. 2019, arXiv 1909.05858); 1 changes nothing. The prompt is
+      not counted: a question's own words are needed in its answer.
+    - seed: of the random numbers; None draws one from the system.
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        seed: int | None = None,
-    ) -> None:
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.min_p = min_p
-        self.repeat_penalty = repeat_penalty
-        self._random = np.random.default_rng(seed)
-        self._recent: deque[int] = deque(maxlen=repeat_last_n)
+    def __init__(self, settings: Settings = PLAIN) -> None:
+        self._settings = settings
+        self._random = np.random.default_rng(settings.seed)
+        self._recent: deque[int] = deque(maxlen=settings.repeat_last_n)
 
     def sample(self, logits: Float32Array) -> int:
         """Choose a token and remember it for the repetition penalty.
@@ -64,14 +52,16 @@ class Sampler:
             logits: (V,) float32, contiguous, no NaN, masked tokens -inf, at least one finite.
                 Penalties are applied in place.
         """
-        if self.repeat_penalty != 1.0 and self._recent:
-            penalize(logits, np.unique(np.array(self._recent, np.int64)), self.repeat_penalty)
-        if self.temperature == 0.0:
+        chosen = self._settings
+        if chosen.repeat_penalty != 1.0 and self._recent:
+            penalize(logits, np.unique(np.array(self._recent, np.int64)), chosen.repeat_penalty)
+        if chosen.temperature == 0.0:
             token = argmax(logits)
         else:
-            floor = math.log(self.min_p) if self.min_p > 0 else -math.inf
-            scale = min(1.0 / self.temperature, _MAX_SCALE)
-            token = _draw(logits, scale, self.top_k, self.top_p, floor, self._random.random())
+            floor = math.log(chosen.min_p) if chosen.min_p > 0 else -math.inf
+            scale = min(1.0 / chosen.temperature, _MAX_SCALE)
+            uniform = self._random.random()
+            token = _draw(logits, scale, chosen.top_k, chosen.top_p, floor, uniform)
         self._recent.append(token)
         return token
 

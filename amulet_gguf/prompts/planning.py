@@ -52,29 +52,21 @@ class Planner:
         Raises:
             PromptError: not exactly one is given, or it cannot be made into a prompt.
         """
-        plan = _plan(settings, is_adjustable)
+        needed = _realignment(settings, is_adjustable)
         texts = [None, *(preference.text for preference in settings.prefer)]
         if text is not None and prompt is None and messages is None:
-            branches = [self.template.encode_text(text, texts[branch]) for branch in plan.branches]
+            branches = [self.template.encode_text(text, texts[branch]) for branch in needed.branches]
         else:
             placement = settings.placement if settings.prefer else "turn"
             checked = conversation(prompt, messages, settings.system)
             branches = [
                 self.template.encode(with_preference(checked, texts[branch], placement), known).tokens
-                for branch in plan.branches
+                for branch in needed.branches
             ]
         return Request(
             branches=branches,
-            mixture=self._mixture(settings, plan),
-            sampler=Sampler(
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                repeat_penalty=settings.repeat_penalty,
-                repeat_last_n=settings.repeat_last_n,
-                seed=settings.seed,
-            ),
+            mixture=self._mixture(settings, needed),
+            sampler=Sampler(settings),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             reuse=reuse,
@@ -83,25 +75,25 @@ class Planner:
 
     def mixture(self, settings: Settings) -> Mixture:
         """Return the mixture of all branches, for an adjustable generation of these preferences."""
-        return self._mixture(settings, _plan(settings, True))
+        return self._mixture(settings, _realignment(settings, True))
 
-    def _mixture(self, settings: Settings, plan: Realignment) -> Mixture:
+    def _mixture(self, settings: Settings, needed: Realignment) -> Mixture:
         weights = [preference.weight for preference in settings.prefer]
-        is_extrapolated = any(not 0 <= amount <= 1 for amount in plan.coefficients)
+        is_extrapolated = any(not 0 <= amount <= 1 for amount in needed.coefficients)
         anchor = coefficients(weights, min(max(settings.strength, 0.0), 1.0))
         withheld = None
         if settings.withhold_echo and is_extrapolated:
             withheld = self._echo_tokens(tuple(p.text for p in settings.prefer if p.weight > 0))
         return Mixture(
-            plan.coefficients,
-            plan.reference,
-            plan.plausibility,
+            needed.coefficients,
+            needed.reference,
+            needed.plausibility,
             adapt=settings.adapt if is_extrapolated else "none",
-            anchor=[anchor[branch] for branch in plan.branches],
+            anchor=[anchor[branch] for branch in needed.branches],
             withheld=withheld,
         )
 
 
-def _plan(settings: Settings, keep_branches: bool) -> Realignment:
+def _realignment(settings: Settings, keep_branches: bool) -> Realignment:
     weights = [preference.weight for preference in settings.prefer]
     return realign(weights, settings.strength, settings.plausibility, keep_branches=keep_branches)

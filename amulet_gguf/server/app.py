@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.errors import AmuletError
 from amulet_gguf.home.config import Config
-from amulet_gguf.preferences import MAX_PREFERENCES, PRESETS, Preference
+from amulet_gguf.preferences import MAX_PREFERENCES, PRESETS
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.guard import Access, Guard
 from amulet_gguf.server.metrics import Metrics
@@ -87,7 +87,7 @@ class Served:
             return self.config.settings(name, self.settings)
         if name != suffix:
             raise RequestError(400, f"there is no profile {name[:64]!r}", param="profile")
-        return dataclasses.replace(self.settings, prefer=(Preference(name),))
+        return self.settings.replace(prefer=name)
 
     def _suffix(self, model: str) -> str | None:
         asked = model.lower()
@@ -199,7 +199,7 @@ class _Api:
         settings = self._settings(body)
         messages = body.conversation()
         if any(message["role"] == "system" for message in messages):
-            settings = dataclasses.replace(settings, system=None)
+            settings = settings.replace(system=None)
         reply = self._reply(body, True)
         options = {"messages": messages}
         return await self._answer(body, request, reply, settings, [options])
@@ -228,7 +228,7 @@ class _Api:
             if "max_tokens" in asked:
                 message = f"max_tokens must be at most {served.max_tokens}"
                 raise RequestError(400, message, code="invalid_value", param="max_tokens")
-            settings = dataclasses.replace(settings, max_tokens=served.max_tokens)
+            settings = settings.replace(max_tokens=served.max_tokens)
         if len(settings.prefer) >= served.n_sequences:
             message = f"this server takes at most {served.n_sequences - 1} preferences"
             raise RequestError(400, message, code="invalid_value", param="prefer")
@@ -261,7 +261,7 @@ class _Api:
                 for i in range(reply.n):
                     seed = None if settings.seed is None else (settings.seed + i) % 2**64
                     stream = self._service.stream(
-                        settings=dataclasses.replace(settings, seed=seed),
+                        settings=settings.replace(seed=seed),
                         is_adjustable=bool(body.adjustable),
                         n_alternatives=reply.n_alternatives,
                         **prompt,

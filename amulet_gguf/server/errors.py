@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -21,7 +20,6 @@ from amulet_gguf.errors import (
 
 #: Seconds after which a refused client may try again.
 RETRY_AFTER: Final = 2
-_NAMED: Final = re.compile(r"([a-z_]+) must be ")
 
 
 class RequestError(Exception):
@@ -54,8 +52,7 @@ class RequestError(Exception):
             )
             return cls(400, message, code="context_length_exceeded", param="messages")
         if isinstance(error, SettingError):
-            named = _NAMED.match(message)
-            return cls(400, message, code="invalid_value", param=named[1] if named else None)
+            return cls(400, message, code="invalid_value", param=error.field)
         if isinstance(error, (PromptError, ConfigError)):
             return cls(400, message, code="invalid_prompt")
         if isinstance(error, QueueFullError):

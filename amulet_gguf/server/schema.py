@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 from collections.abc import Sequence
 from typing import Any, Final, Literal
@@ -10,7 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from amulet_gguf.server.errors import RequestError
-from amulet_gguf.settings import Adapt, Placement, Settings
+from amulet_gguf.settings import SETTINGS
 
 #: Answers that one request may ask for.
 MAX_ANSWERS: Final = 16
@@ -22,9 +21,6 @@ _IGNORED: Final = frozenset({
 })  # fmt: skip
 # Fields that would change the answer: only the value that does not is taken.
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -37,7 +33,8 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "echo": (False,),
     "suffix": ("",),
 }
-_SETTINGS: Final = tuple(field.name for field in dataclasses.fields(Settings))
+#: Settings that a request may have; a system prompt is one of its messages.
+_SETTINGS: Final = tuple(name for name in SETTINGS if name != "system")
 
 
 class _Asked(BaseModel):
@@ -58,35 +55,15 @@ class StreamOptions(_Asked):
     include_usage: bool | None = None
 
 
-class WeightedPreference(_Asked):
-    text: str
-    weight: float = 1.0
-
-
 class _Request(_Asked):
-    """What both kinds of request have."""
+    """What both kinds of request have, beside the fields of `amulet_gguf.settings.Settings`."""
 
     model: str | None = None
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = Field(None, max_length=16 * 1024)
 
     profile: str | None = None
-    prefer: str | list[str | WeightedPreference] | None = None
-    strength: float | None = None
-    plausibility: float | None = None
-    adapt: Adapt | None = None
-    withhold_echo: bool | None = None
-    placement: Placement | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
-    repeat_last_n: int | None = None
     adjustable: bool | None = None
     explain: bool | None = None
 
@@ -97,20 +74,16 @@ class _Request(_Asked):
             RequestError: a field that is not known or not possible here.
         """
         self._check_others()
-        given = {name: getattr(self, name, None) for name in _SETTINGS}
-        given = {name: value for name, value in given.items() if value is not None}
-        if isinstance(self.prefer, list):
-            given["prefer"] = [
-                each if isinstance(each, str) else (each.text, each.weight) for each in self.prefer
-            ]
-        return given
+        extra = self.model_extra or {}
+        return {name: extra[name] for name in _SETTINGS if extra.get(name) is not None}
 
     def _check_others(self) -> None:
         for name, value in (self.model_extra or {}).items():
-            if name in _IGNORED or (name in _UNSUPPORTED and value is None):
+            if name in _SETTINGS or name in _IGNORED or (name in _UNSUPPORTED and value is None):
                 continue
             if name not in _UNSUPPORTED:
-                near = difflib.get_close_matches(name, type(self).model_fields, n=1)
+                known = (*type(self).model_fields, *_SETTINGS)
+                near = difflib.get_close_matches(name, known, n=1)
                 cure = f"; did you mean {near[0]}?" if near else ""
                 message = f"unknown field {name[:64]!r}{cure}"
                 raise RequestError(400, message, code="unknown_parameter", param=name[:64])

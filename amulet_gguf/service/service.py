@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import dataclasses
 import logging
 import os
 import queue
@@ -19,13 +18,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from amulet_gguf.amulet import Amulet, LoadOptions
+from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Message
 from amulet_gguf.service.stream import Job, ServiceStream, cancel, remix
-from amulet_gguf.settings import Options, Settings
+from amulet_gguf.settings import LoadOptions, Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -44,6 +43,7 @@ class AmuletService:
         self,
         path: str | os.PathLike[str] | None = None,
         *,
+        n_sequences: int = 2,
         max_waiting: int = 256,
         on_load: Callable[[float], None] | None = None,
         **options: Unpack[LoadOptions],
@@ -52,11 +52,12 @@ class AmuletService:
 
         Args:
             path: a file or name, as in `Amulet.load`.
+            n_sequences: how many branches, one for the base and one for each preference of each answer,
+                can be written at once.
             max_waiting: answers that may wait for their turn.
             on_load: called on the engine's thread with the fraction loaded, from 0 to 1; if it raises,
                 the model is not loaded.
-            **options: other arguments of `Amulet.load`. `n_sequences` says how many branches, one
-                for the base and one for each preference of each answer, can be written at once.
+            **options: fields of `amulet_gguf.settings.Loading`.
         """
         self._on_load = on_load
         self._max_waiting = max_waiting
@@ -72,7 +73,7 @@ class AmuletService:
         self._commands: queue.SimpleQueue[Callable[[Amulet], None]] = queue.SimpleQueue()
         self._planner = threading.Thread(target=self._plan, name="amulet-planner", daemon=True)
         self._engine = threading.Thread(
-            target=self._run, args=(path, options), name="amulet-engine", daemon=True
+            target=self._run, args=(path, n_sequences, options), name="amulet-engine", daemon=True
         )
         # Daemons, because a program's end waits for other threads before it calls this.
         atexit.register(self.close)
@@ -159,7 +160,7 @@ class AmuletService:
             SettingError, QueueFullError, ClosedError: at once.
             AmuletError: from the iterator, for everything else.
         """
-        settings = dataclasses.replace(settings or Settings(), **options)  # type: ignore[arg-type]
+        settings = (settings or Settings()).replace(**options)
 
         def plan(planner: Planner, settings: Settings) -> Request:
             return planner.request(
@@ -203,10 +204,12 @@ class AmuletService:
             else:
                 self._commands.put(partial(self._submit, job, request, settings))
 
-    def _run(self, path: str | os.PathLike[str] | None, options: LoadOptions) -> None:
+    def _run(self, path: str | os.PathLike[str] | None, n_sequences: int, options: LoadOptions) -> None:
         """Be the engine's thread."""
         try:
-            self._amulet = Amulet.load(path, progress=self._on_progress, **options)
+            self._amulet = Amulet.load(
+                path, n_sequences=n_sequences, progress=self._on_progress, **options
+            )
             self._is_ready.set()
             while not self._is_closing:
                 self._obey(self._amulet)

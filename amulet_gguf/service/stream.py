@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -233,7 +232,7 @@ class ServiceStream(Iterator[Piece], AsyncIterator[Piece]):
                     raise SettingError(f"expected {len(prefer)} weights, got {len(weights)}")
                 prefer = tuple(map(Preference, [each.text for each in prefer], weights))
             new = job.settings.strength if strength is None else strength
-            job.settings = dataclasses.replace(job.settings, prefer=prefer, strength=new)
+            job.settings = job.settings.replace(prefer=prefer, strength=new)
         self._post(partial(remix, job))
 
     @property

@@ -19,12 +19,12 @@ from click.testing import CliRunner
 from fixture_types import Tiny
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.batch.cluster import Place, _connect, _import_ray, plan_places, ray_answers
+from amulet_gguf.batch.cluster import Place, _connect, _import_ray, choose_places, ray_answers
 from amulet_gguf.batch.records import Record
 from amulet_gguf.batch.run import answers, result
 from amulet_gguf.cli import main
 from amulet_gguf.errors import EngineError, ModelNotFoundError, SettingError
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import Loading, Settings
 
 
 def node(name: str, cpus: int, gpus: int = 0, *, alive: bool = True) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_workers_are_spread_over_the_nodes_that_can_take_them(
         node("b", 4),
         node("g", 2, 4),
     ]
-    assert plan_places(nodes, n_records, n_workers, n_threads, use_gpus) == expected
+    assert choose_places(nodes, n_records, n_workers, n_threads, use_gpus) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_more_than_the_cluster_has_is_refused(
 ) -> None:
     nodes = [node("a", 8), node("b", 4), node("g", 2, 4)]
     with pytest.raises(SettingError, match=complaint):
-        plan_places(nodes, 99, n_workers, n_threads, use_gpus)
+        choose_places(nodes, 99, n_workers, n_threads, use_gpus)
     with pytest.raises(SettingError, match="room for 0"):
-        plan_places([], 1, None, None, False)
+        choose_places([], 1, None, None, False)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +122,10 @@ Answers = Callable[..., Iterator[tuple[Record, dict[str, Any]]]]
 @pytest.fixture
 def on_two_workers(ray: Any, tiny: Tiny) -> Answers:
     def begin(records: list[Record], **more: Any) -> Iterator[tuple[Record, dict[str, Any]]]:
-        options = {"n_ctx": 2048, "n_sequences": 4, "parallel": 1, "n_workers": 2, "n_threads": 1}
-        return ray_answers(records, "auto", **{"model": tiny("llama"), **options, **more})
+        fields = {"model": tiny("llama"), "n_ctx": 2048, "n_threads": 1}
+        loading = Loading(**{name: more.pop(name, each) for name, each in fields.items()})
+        options = {"loading": loading, "n_sequences": 4, "parallel": 1, "n_workers": 2}
+        return ray_answers(records, "auto", **{**options, **more})
 
     return begin
 

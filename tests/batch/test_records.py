@@ -231,7 +231,7 @@ BAD: list[tuple[bytes | Mapping[str, Any], str]] = [
     ({**ONE, "temperature": -0.1}, "temperature must be"),
     ({**ONE, "seed": 2**64}, "seed must be"),
     ({**ONE, "seed": 1e30}, "seed must be"),
-    ({**ONE, "stop": [""]}, "stop string"),
+    ({**ONE, "stop": [""]}, "stop: expected texts"),
     ({**ONE, "stop": 3}, "stop must be"),
     ({**ONE, "placement": "top"}, "placement must be"),
     ({**ONE, "adapt": "sometimes"}, "adapt must be"),

@@ -18,11 +18,11 @@ from fixture_types import Tiny
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.batch.records import Record
-from amulet_gguf.batch.run import answers, plan_batch, result
+from amulet_gguf.batch.run import answers, result, size_batch
 from amulet_gguf.engine.answer import Answer
 from amulet_gguf.errors import AmuletError, PromptTooLongError
 from amulet_gguf.llama.model import Model
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import Loading, Settings
 
 PREFER: list[Any] = [None, "concise", ["formal", "verbose:0.5", "Write like a sailor."]]
 
@@ -85,9 +85,9 @@ def test_what_is_planned_holds_every_answer_and_fits_into_memory(
     tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = make_records(30, max_tokens=40)
-    plan = plan_batch(tiny_model, records)
+    plan = size_batch(tiny_model, records)
     assert plan.parallel * 4 == plan.n_sequences == 16
-    amulet = Amulet.of(tiny_model, n_ctx=plan.n_ctx, n_threads=1, n_sequences=plan.n_sequences)
+    amulet = Amulet.of(tiny_model, Loading(n_ctx=plan.n_ctx, n_threads=1), plan.n_sequences)
     for record, answer in answers(amulet, records, plan.parallel):
         assert isinstance(answer, Answer)
         is_short = answer.usage.completion_tokens < record.settings.max_tokens
@@ -99,9 +99,9 @@ def test_what_is_planned_holds_every_answer_and_fits_into_memory(
         available = 5 * one
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    assert plan_batch(tiny_model, records).parallel == 2
-    assert plan_batch(tiny_model, records[:1]).parallel == 1
-    assert plan_batch(tiny_model, records, parallel=7).parallel == 7
+    assert size_batch(tiny_model, records).parallel == 2
+    assert size_batch(tiny_model, records[:1]).parallel == 1
+    assert size_batch(tiny_model, records, parallel=7).parallel == 7
 
 
 def test_memory_is_flat_over_a_thousand_records(tiny: Tiny) -> None:

@@ -17,9 +17,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from amulet_gguf import __version__
+from amulet_gguf.batch.records import read_records
 from amulet_gguf.cli import main
 from amulet_gguf.cli.terminal import LateBar, Output, printable
 from amulet_gguf.models import find as models
+from amulet_gguf.settings import SETTINGS, Settings
 
 COMMAND = [sys.executable, "-m", "amulet_gguf"]
 PROMPT = "How do I ask for a raise?"
@@ -63,7 +65,7 @@ def test_help_names_the_commands_and_version_is_the_packages() -> None:
         (["generate", "hi", "--lam", "0"], "lam must be"),
         (["generate", "hi", "--eta", "-1"], "eta must be"),
         (["generate", "hi", "--iterations", "-1"], "iterations must be"),
-        (["generate", "hi", "--stop", ""], "stop string"),
+        (["generate", "hi", "--stop", ""], "stop: expected texts"),
         (["generate", "hi", "--preset", "papers"], "'papers' is not 'paper'"),
         (["generate", "hi", "--placement", "top"], "is not one of"),
         (["compare", "hi"], "--prefer"),
@@ -231,18 +233,22 @@ def test_json_holds_what_was_asked_and_what_came() -> None:
     arguments = ["generate", PROMPT, "-p", "formal:0.5", "-p", "Be brief.", "-n", "6", "--seed", "3"]
     record = json.loads(run(*arguments, "--json").stdout)
     assert record["text"] == run(*arguments).stdout.rstrip("\n")
-    assert record["settings"]["prefer"][0]["weight"] == 0.5
-    assert record["settings"]["prefer"][1]["text"] == "Be brief."
-    assert record["settings"]["seed"] == 3
+    assert record["prefer"][0]["weight"] == 0.5
+    assert record["prefer"][1]["text"] == "Be brief."
+    assert record["seed"] == 3
     assert record["usage"]["completion_tokens"] == 6
     assert record["finish_reason"] == "length"
+    (again,) = read_records(json.dumps(record).encode(), Settings())
+    assert again.error is None
+    assert again.prompt == PROMPT
+    assert again.settings.as_record() == {name: record[name] for name in SETTINGS}
 
 
 @pytest.mark.model
 def test_the_papers_parameters_set_the_strength() -> None:
     def strength(*arguments: str) -> float:
         record = json.loads(run("generate", "hi", "-n", "1", "--json", *arguments).stdout)
-        return float(record["settings"]["strength"])
+        return float(record["strength"])
 
     assert strength("--alpha", "2") == pytest.approx(5.648699, abs=1e-6)
     assert strength("--iterations", "1") == pytest.approx(1.952381, abs=1e-6)

@@ -15,13 +15,14 @@ from fixture_types import MakeContext, Tiny
 
 from amulet_gguf.cli import main
 from amulet_gguf.errors import BatchError, EngineError, PromptTooLongError, SettingError
-from amulet_gguf.evaluation.methods import METHODS, make_records, method, sample_questions
+from amulet_gguf.evaluation.questions import make_records, sample_questions
 from amulet_gguf.evaluation.run import Evaluation
 from amulet_gguf.evaluation.scoring import Scorer, Verdict
 from amulet_gguf.evaluation.table import ALL, Value, by_method, tabulate
 from amulet_gguf.llama.model import Model
+from amulet_gguf.methods import METHODS, method
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import Loading, Settings
 
 QUESTIONS = ["What is rain?", "Why is the sea salt?", "Who sleeps?"]
 PREFERENCES = ["concise", "Write like a sailor."]
@@ -181,7 +182,7 @@ def test_log_likelihood_is_that_of_reading_token_by_token(
         row = context.decode()[0].astype(np.float64)
         row -= row.max()
         expected.append(row[token] - np.log(np.exp(row).sum()))
-    with Scorer(tiny("llama"), n_threads=1) as scorer:
+    with Scorer(Loading(model=tiny("llama"), n_threads=1)) as scorer:
         for _ in range(2):  # the second time, the prompt is in the cache
             found = scorer.log_likelihood("What is rain?", None, answer)
             np.testing.assert_allclose(found, expected, atol=0.05)
@@ -196,7 +197,7 @@ def test_log_likelihood_is_that_of_reading_token_by_token(
 
 
 def test_a_judgement_turned_round_is_the_same_judgement(tiny: Tiny) -> None:
-    with Scorer(tiny("llama"), n_threads=1) as scorer:
+    with Scorer(Loading(model=tiny("llama"), n_threads=1)) as scorer:
         one = scorer.compare("What is rain?", "Be brief.", "Water.", "It is water that falls.")
         other = scorer.compare("What is rain?", "Be brief.", "It is water that falls.", "Water.")
     assert one.first_shown == pytest.approx(1 - other.second_shown, abs=1e-4)
@@ -224,7 +225,7 @@ def evaluation(folder: Path, tiny: Tiny, **changes: Any) -> Evaluation:
         "questions": QUESTIONS,
         "preferences": PREFERENCES,
         "methods": dict(method(name, shared) for name in METHODS),
-        "model": str(tiny("llama")),
+        "loading": Loading(model=tiny("llama"), n_threads=1),
         "reward": str(tiny("qwen3")),
         "judge": str(tiny("qwen3")),
     }
@@ -234,7 +235,7 @@ def evaluation(folder: Path, tiny: Tiny, **changes: Any) -> Evaluation:
 def test_a_run_measures_every_method_and_a_second_run_does_nothing_again(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    responses, values = evaluation(tmp_path, tiny).run(n_threads=1)
+    responses, values = evaluation(tmp_path, tiny).run()
     assert len(responses) == len(QUESTIONS) * (1 + 3 * len(PREFERENCES))
     table = by_method(tabulate(values), ALL)
     assert list(table) == list(METHODS)
@@ -250,7 +251,7 @@ def test_a_run_measures_every_method_and_a_second_run_does_nothing_again(
     def nothing(what: str, done: int, total: int) -> None:
         raise AssertionError(f"{what} was done again")
 
-    again = evaluation(tmp_path, tiny).run(n_threads=1, progress=nothing)
+    again = evaluation(tmp_path, tiny).run(progress=nothing)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert repr(again) == repr((responses, values))
 
@@ -262,15 +263,14 @@ def test_a_run_that_was_interrupted_goes_on(tiny: Tiny, tmp_path: Path, stop_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluation(tmp_path, tiny).run(n_threads=1, parallel=1, progress=stop)
+        evaluation(tmp_path, tiny).run(parallel=1, progress=stop)
     seen: dict[str, list[int]] = {}
     responses, _ = evaluation(tmp_path, tiny).run(
-        n_threads=1,
         parallel=1,
         progress=lambda what, done, total: seen.setdefault(what, []).append(done),
     )
     assert seen[stop_at[0]][0] == stop_at[1] + 1
-    whole, _ = evaluation(tmp_path / "whole", tiny).run(n_threads=1, parallel=1)
+    whole, _ = evaluation(tmp_path / "whole", tiny).run(parallel=1)
     assert responses == whole
 
 
@@ -285,10 +285,10 @@ def test_a_judge_needs_the_method_to_compare_with(tiny: Tiny, tmp_path: Path) ->
 
 
 def test_the_folder_of_another_evaluation_is_refused_and_left_alone(tiny: Tiny, tmp_path: Path) -> None:
-    evaluation(tmp_path, tiny, reward=None, judge=None).run(n_threads=1)
+    evaluation(tmp_path, tiny, reward=None, judge=None).run()
     before = (tmp_path / "responses.jsonl").read_bytes()
     with pytest.raises(BatchError, match="is not a result of this input"):
-        evaluation(tmp_path, tiny, questions=["Other?"]).run(n_threads=1)
+        evaluation(tmp_path, tiny, questions=["Other?"]).run()
     assert (tmp_path / "responses.jsonl").read_bytes() == before
 
 

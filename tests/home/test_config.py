@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from amulet_gguf.cli import main
 from amulet_gguf.errors import ConfigError
 from amulet_gguf.home import config
+from amulet_gguf.preferences import as_preferences
+from amulet_gguf.settings import Loading, Settings
 
 GOOD = """\
 # mine
@@ -150,48 +154,57 @@ def test_edits_of_two_processes_are_both_kept(file: Path) -> None:
 # The command
 
 
-def settings_of(*arguments: str, **more: object) -> dict[str, object]:
-    from unittest import mock
+def chosen(*arguments: str) -> tuple[Settings, Loading]:
+    """The settings, and the way to load a model, that a command line and the configuration make."""
+    from amulet_gguf.cli.options import loading_from, loading_options, settings_from, settings_options
 
-    from amulet_gguf.cli import generate
+    found: list[tuple[Settings, Loading]] = []
 
-    with mock.patch.object(sys.modules["amulet_gguf.cli.generate"], "read_prompt") as stop:
-        seen: dict[str, object] = {}
-        real = generate.callback
-        assert real is not None
-        with mock.patch.object(generate, "callback", lambda **options: seen.update(options)):
-            result = run("generate", "hi", *arguments, **more)
-        assert result.exit_code == 0, result.stderr
-        assert not stop.called
-    return seen
+    @click.command()
+    @settings_options
+    @loading_options
+    def command(**options: Any) -> None:
+        found.append((settings_from(options), loading_from(options)))
+
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return found[0]
+
+
+def settings_of(*arguments: str) -> Settings:
+    return chosen(*arguments)[0]
+
+
+def model_of(*arguments: str) -> object:
+    return chosen(*arguments)[1].model
 
 
 def test_a_profile_fills_what_is_not_typed(file: Path) -> None:
     file.write_text(GOOD)
     seen = settings_of("--strength", "2")
-    assert seen["strength"] == 2
-    assert seen["prefer"] == ("concise", "formal:0.5")
-    assert settings_of("--profile", "kid")["prefer"] == ("Write for a child.",)
-    assert settings_of("--profile", "none")["prefer"] == ()
-    assert settings_of("-p", "formal")["prefer"] == ("formal",)
+    assert seen.strength == 2
+    assert seen.prefer == as_preferences(["concise", "formal:0.5"])
+    assert settings_of("--profile", "kid").prefer == as_preferences("Write for a child.")
+    assert settings_of("--profile", "none").prefer == ()
+    assert settings_of("-p", "formal").prefer == as_preferences("formal")
 
 
 def test_the_environment_names_a_profile(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text(GOOD)
     monkeypatch.setenv("AMULET_PROFILE", "kid")
-    assert settings_of()["prefer"] == ("Write for a child.",)
-    assert settings_of("--profile", "work")["strength"] == 4.0
+    assert settings_of().prefer == as_preferences("Write for a child.")
+    assert settings_of("--profile", "work").strength == 4.0
 
 
 def test_a_model_that_is_said_now_beats_a_default_profile(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write_text('profile = "a"\n[profiles.a]\nmodel = "mine"\n')
-    assert settings_of()["model"] == "mine"
-    assert settings_of("-m", "typed")["model"] == "typed"
+    assert model_of() == "mine"
+    assert model_of("-m", "typed") == "typed"
     monkeypatch.setenv("AMULET_MODEL", "environment")
-    assert settings_of()["model"] is None
-    assert settings_of("--profile", "a")["model"] == "mine"
+    assert model_of() is None
+    assert model_of("--profile", "a") == "mine"
 
 
 def test_an_unknown_profile_is_one_line(file: Path) -> None:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,19 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from literal import log_softmax
 
-from amulet_gguf.method.sampling import Sampler, exp_below, penalize
+from amulet_gguf.method.sampling import PLAIN, Sampler, exp_below, penalize
+from amulet_gguf.settings import Settings
 
 Row = npt.NDArray[np.float32]
 
 INF = math.inf
 LARGEST = float(np.finfo(np.float32).max)
 FOUR = np.log(np.array([0.4, 0.3, 0.2, 0.1])).astype(np.float32)
+
+
+def plain(**options: Any) -> Sampler:
+    """A sampler of greedy settings but for some, which may lie outside what `Settings` allows."""
+    return Sampler(cast(Settings, SimpleNamespace(**{**vars(PLAIN), **options})))
 
 
 class Sweep:
@@ -34,7 +41,7 @@ class Sweep:
 
 def swept(row: Row, size: int, **options: Any) -> Counter[int]:
     """How often each token is drawn in a sweep: its probability times `size`, give or take one."""
-    sampler = Sampler(**options)
+    sampler = plain(**options)
     sampler._random = Sweep(size)  # type: ignore[assignment]
     return Counter(sampler.sample(row) for _ in range(size))
 
@@ -220,7 +227,7 @@ def test_frequencies_of_seeded_draws(
         group = int(sum(weight.values()) * 10 + 1e-9)
         group_of[token] = group
         weight[group] += share  # type: ignore[assignment]
-    sampler = Sampler(**{"temperature": 1.0, "seed": 7, **options})
+    sampler = plain(**{"temperature": 1.0, "seed": 7, **options})
     found = Counter(group_of[sampler.sample(row)] for _ in range(draws))
     chi_square = sum((found[g] - draws * w) ** 2 / (draws * w) for g, w in weight.items())
     assert chi_square < 32  # of at most 10 degrees of freedom: once in 2,500 seeds
@@ -233,7 +240,7 @@ def test_equal_seeds_choose_equal_tokens_and_others_others() -> None:
     row = np.zeros(1000, np.float32)
 
     def draw(seed: int | None) -> list[int]:
-        sampler = Sampler(temperature=1.0, seed=seed)
+        sampler = plain(temperature=1.0, seed=seed)
         return [sampler.sample(row) for _ in range(20)]
 
     assert draw(1) == draw(1)
@@ -254,7 +261,7 @@ def test_extreme_random_numbers_choose_unmasked_tokens(
     row = np.full(size, -200.0, np.float32)  # whose weights vanish
     row[0] = row[-1] = -INF
     row[size // 2] = 0.0
-    sampler = Sampler(temperature=1.0, **options)
+    sampler = plain(temperature=1.0, **options)
     sampler._random = Extreme()  # type: ignore[assignment]
     assert row[sampler.sample(row)] > -INF
 
@@ -268,7 +275,7 @@ def test_masked_tokens_are_never_drawn(
     row = np.full(size, -INF, np.float32)
     allowed = random.integers(0, size, 3)
     row[allowed] = random.normal(0, 50, 3)
-    sampler = Sampler(temperature=temperature, seed=seed, **options)
+    sampler = plain(temperature=temperature, seed=seed, **options)
     assert {sampler.sample(row) for _ in range(20)} <= set(allowed.tolist())
 
 
@@ -281,7 +288,7 @@ def test_the_only_finite_token_is_drawn(
     for at in (0, 1, 1500, 2999):
         row = np.full(3000, -INF, np.float32)
         row[at] = only
-        assert Sampler(temperature=temperature, seed=1, **options).sample(row) == at
+        assert plain(temperature=temperature, seed=1, **options).sample(row) == at
 
 
 # --- temperature ---
@@ -294,7 +301,7 @@ def test_temperature_zero_takes_the_first_of_the_best(
 ) -> None:
     assume(max(logits) > -INF)
     row = np.array(logits, np.float32)
-    assert Sampler(temperature=0.0, **options).sample(row) == np.argmax(row)
+    assert plain(temperature=0.0, **options).sample(row) == np.argmax(row)
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-38, 1e-39, 1e-300, 5e-324])
@@ -324,7 +331,7 @@ def test_the_penalty_divides_positive_and_multiplies_negative_logits() -> None:
 
 def written(tokens: list[int], **options: Any) -> Row:
     """What the sampler makes of a row of 1s and a -1 after it has chosen `tokens`."""
-    sampler = Sampler(temperature=0.0, **options)
+    sampler = plain(temperature=0.0, **options)
     for token in tokens:
         row = np.full(8, -1e9, np.float32)
         row[token] = 1e9
@@ -357,7 +364,7 @@ def test_the_penalty_looks_back_so_far(
 
 
 def test_the_penalty_comes_before_the_filters() -> None:
-    sampler = Sampler(temperature=1.0, top_k=1, repeat_penalty=2.0, seed=0)
+    sampler = plain(temperature=1.0, top_k=1, repeat_penalty=2.0, seed=0)
     chosen = [sampler.sample(np.array([4, 3, 2.5, 0], np.float32)) for _ in range(4)]
     assert chosen == [0, 1, 2, 0]
 
@@ -366,7 +373,7 @@ def test_without_a_penalty_the_row_is_only_read() -> None:
     row = masked(2000, 2.0)
     before = row.copy()
     for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}):
-        sampler = Sampler(temperature=0.8, seed=1, **options)  # type: ignore[arg-type]
+        sampler = plain(temperature=0.8, seed=1, **options)  # type: ignore[arg-type]
         sampler.sample(row)
         sampler.sample(row)
     np.testing.assert_array_equal(row, before)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.errors import EngineError
 from amulet_gguf.method.mixture import Mixture
-from amulet_gguf.method.sampling import Sampler
+from amulet_gguf.method.sampling import PLAIN, Sampler
 
 Tokens = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.float32]
@@ -175,7 +175,7 @@ def request(
             [0.0, *[1 / others] * others] if others else [1.0],
             plausibility,
         ),
-        sampler=Sampler(0.0 if seed is None else 1.5, seed=seed),
+        sampler=Sampler(PLAIN.replace(temperature=0.0 if seed is None else 1.5, seed=seed)),
         max_tokens=max_tokens,
         stop=stop,
         reuse=reuse,
@@ -184,7 +184,7 @@ def request(
 
 def alone(asked: Request, seed: int | None = None, n_ctx: int = 64) -> tuple[list[int], str]:
     """What a request writes, and why it ends, by a loop that knows nothing of an engine."""
-    sampler = Sampler(0.0 if seed is None else 1.5, seed=seed)
+    sampler = Sampler(PLAIN.replace(temperature=0.0 if seed is None else 1.5, seed=seed))
     held = [branch.tolist() for branch in asked.branches]
     written: list[int] = []
     while True:

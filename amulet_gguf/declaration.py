@@ -1,0 +1,227 @@
+"""How a setting is declared, once: a field with its help, kind and range.
+
+The options of the command line and of `llm`, `/set`, profiles, records and columns of a batch, methods
+of an evaluation, requests to the server, and the checks of all of them are read off the declarations
+in `amulet_gguf.settings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+from amulet_gguf.errors import SettingError
+from amulet_gguf.preferences import as_preferences
+
+Kind: TypeAlias = Literal[
+    "number", "whole", "switch", "choice", "text", "texts", "path", "preferences", "biases"
+]
+#: Kinds of which several values may be given, one at a time.
+SEVERAL: Final = ("texts", "preferences", "biases")
+_SWITCH: Final = {
+    "true": True, "on": True, "yes": True, "false": False, "off": False, "no": False,
+}  # fmt: skip
+
+
+_MAX_TEXTS: Final = 16_384  # characters; each token is compared with all of them
+_TYPES: Final[dict[Kind, tuple[type, ...]]] = {
+    "number": (int, float),
+    "whole": (int,),
+    "switch": (bool,),
+    "text": (str,),
+    "path": (str, os.PathLike),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The declaration of a setting.
+
+    Attributes:
+        help: what it is, in a sentence for people.
+        kind: of its values.
+        default: its value where nobody says one; None where that means something else than a value.
+        low, high: of a number, both included.
+        choices: of a choice.
+        flag: a short option of the command line, such as "-s".
+        off: the option that turns a switch off.
+        metavar: of its values in help.
+        otherwise: the default in words, where the value does not say it.
+    """
+
+    help: str
+    kind: Kind = "number"
+    default: Any = None
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] = ()
+    flag: str = ""
+    off: str = ""
+    metavar: str = ""
+    otherwise: str = ""
+
+    @property
+    def is_number(self) -> bool:
+        return self.kind in ("number", "whole")
+
+    def parse(self, name: str, text: str) -> Any:
+        """Return the value that a line of text writes: 3, none, on, TEXT, a JSON list or object.
+
+        Raises:
+            SettingError: there is no number where one is needed, or no JSON behind a bracket.
+        """
+        if self.default is None and text.lower() in ("none", "null"):
+            return None
+        if self.is_number:
+            return self._number(name, text)
+        if self.kind == "switch":
+            return _SWITCH.get(text.lower(), text)
+        if self.kind in SEVERAL:
+            if text.lower() == "none":
+                return ()
+            if text.lstrip()[:1] in ("[", "{"):
+                try:
+                    return json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise SettingError(f"{name} begins like JSON and is none: {error}", name) from None
+            return [text]
+        return text
+
+    def _number(self, name: str, text: str) -> float | int:
+        try:
+            return int(text)
+        except ValueError:
+            pass
+        try:
+            return float(text)
+        except ValueError:
+            raise self.refused(name, text) from None
+
+    def refused(self, name: str, value: Any) -> SettingError:
+        """Return the error of a value that is not possible."""
+        if self.is_number:
+            kind = "whole number" if self.kind == "whole" else "number"
+            expected = f"a {kind} from {self.low} to {self.high}"
+        elif self.kind == "switch":
+            expected = "true or false"
+        elif self.kind == "choice":
+            expected = f"one of {', '.join(self.choices)}"
+        else:
+            expected = "a text" + (" or None" if self.default is None else "")
+        return SettingError(f"{name} must be {expected}, got {value!r}", name)
+
+    def checked(self, name: str, value: Any) -> Any:
+        """Return a value in the one form that is kept.
+
+        Raises:
+            SettingError: it is not possible.
+        """
+        if value is None and self.default is None:
+            return None
+        if self.kind == "preferences":
+            return as_preferences(value)
+        if self.kind == "biases":
+            return as_biases(name, value, self.low, self.high)
+        if self.kind == "texts":
+            return _as_texts(name, value)
+        if self.is_number:
+            is_good = isinstance(value, _TYPES[self.kind]) and not isinstance(value, bool)
+            is_good = is_good and self.low <= value <= self.high
+        elif self.kind == "choice":
+            is_good = value in self.choices
+        else:
+            is_good = isinstance(value, _TYPES[self.kind])
+        if not is_good:
+            raise self.refused(name, value)
+        return float(value) if self.kind == "number" else value
+
+
+def setting(default: Any, help: str, kind: Kind = "number", **more: Any) -> Any:
+    """Declare a setting as a field of a dataclass; the arguments are those of `Setting`."""
+    declared = Setting(help, kind, default, **more)
+    return dataclasses.field(default=default, metadata={"setting": declared})
+
+
+class Declared:
+    """Base of a frozen dataclass whose fields are settings: they are checked when they are set."""
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, each in declared(kind).items():
+            object.__setattr__(self, name, each.checked(name, getattr(self, name)))
+
+
+@functools.cache
+def declared(kind: Any) -> Mapping[str, Setting]:
+    """Return the declarations of a class's fields, by name."""
+    return {each.name: each.metadata["setting"] for each in dataclasses.fields(kind)}
+
+
+def find(name: str, known: Mapping[str, Setting]) -> Setting:
+    """Return a declaration.
+
+    Raises:
+        SettingError: there is none of the name; it says which is near.
+    """
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    raise SettingError(f"there is no setting {name!r}{hint}", name)
+
+
+def _as_texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise SettingError(f"{name} must be a text or several, got {value!r}", name)
+    texts = (value,) if isinstance(value, str) else tuple(value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise SettingError(f"{name}: expected texts that are not empty, got {text!r}", name)
+    if sum(map(len, texts)) > _MAX_TEXTS:
+        raise SettingError(f"{name}: at most {_MAX_TEXTS} characters in all", name)
+    return texts
+
+
+def as_biases(name: str, value: Any, low: float, high: float) -> tuple[tuple[int | str, float], ...]:
+    """Return biases of tokens in one form: (token id or text, number) pairs.
+
+    Args:
+        value: a mapping or pairs of these, or texts as TOKEN:BIAS. A text of digits is an id, as in
+            JSON, where no key is a number.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, Mapping):
+        value = value.items()
+    if not isinstance(value, Iterable):
+        raise SettingError(f"{name} must give numbers to token ids or texts, got {value!r}", name)
+    biases = []
+    for item in value:
+        token, bias = _pair(name, item)
+        if isinstance(token, str) and token.isdecimal() and token.isascii():
+            token = int(token)
+        if isinstance(token, bool) or not isinstance(token, (int, str)) or token in ("", -1):
+            raise SettingError(f"{name}: {token!r} is neither the id of a token nor a text", name)
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not low <= bias <= high:
+            message = f"{name} of {token!r} must be a number from {low} to {high}, got {bias!r}"
+            raise SettingError(message, name)
+        biases.append((token, float(bias)))
+    return tuple(biases)
+
+
+def _pair(name: str, item: Any) -> tuple[Any, Any]:
+    if isinstance(item, str):
+        token, _, bias = item.rpartition(":")
+        try:
+            return token, float(bias)
+        except ValueError:
+            raise SettingError(f"{name}: expected TOKEN:BIAS, got {item!r}", name) from None
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    raise SettingError(f"{name}: expected a token and its bias, got {item!r}", name)

@@ -1,0 +1,76 @@
+"""Methods by name, as changes of settings: what the commands compare, and an evaluation measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from amulet_gguf.declaration import find
+from amulet_gguf.errors import SettingError
+from amulet_gguf.settings import SETTINGS, Settings
+
+#: Strength of Linear Alignment: 1 + the ratio of 2 that its reference implementation uses.
+LINEAR_ALIGNMENT: Final = 3.0
+#: What each changes in the settings that all share.
+METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "base": {"prefer": (), "strength": 0.0},
+    "prompting": {"strength": 1.0},
+    "linear-alignment": {"strength": LINEAR_ALIGNMENT, "adapt": "none", "withhold_echo": False},
+    "amulet": {},
+}
+_CHANGE: Final = re.compile(r",(?=\s*[a-z_-]+=)")  # a comma of a JSON value is followed by no FIELD=
+
+
+def named(name: str, shared: Settings) -> Settings:
+    """Return the settings of a method of `METHODS`, or of "paper".
+
+    Raises:
+        SettingError: there is no such method.
+    """
+    if name == "paper":
+        return Settings.paper().replace(max_tokens=shared.max_tokens)
+    if name not in METHODS:
+        raise SettingError(
+            f"there is no method {name!r}: choose from {', '.join([*METHODS, 'paper'])}, or "
+            "describe one, as strong:strength=8,temperature=0.7"
+        )
+    return dataclasses.replace(shared, **METHODS[name])
+
+
+def four(settings: Settings) -> dict[str, Settings]:
+    """Return the settings of all `METHODS`, by their names for people."""
+    return {name.replace("-", " "): named(name, settings) for name in METHODS}
+
+
+def method(written: str, shared: Settings) -> tuple[str, Settings]:
+    """Return name and settings of a method as it is written on the command line.
+
+    That is a name that `named` knows, or `NAME:CHANGE,CHANGE…`: each change is FIELD=VALUE, a field of
+    `Settings` and a value as `amulet_gguf.declaration.Setting.parse` reads it, or one of those names to
+    begin with.
+
+    Raises:
+        SettingError: no such method or field, or no such value.
+    """
+    name, colon, changes = written.partition(":")
+    if not colon:
+        return name, named(name, shared)
+    if not name:
+        raise SettingError(f"a method needs a name before its settings: {written!r}")
+    settings = shared
+    for number, change in enumerate(_CHANGE.split(changes)):
+        first, comma, rest = change.partition(",")
+        if number == 0 and "=" not in first:
+            settings = named(first, shared)
+            if not comma:
+                continue
+            change = rest
+        field, equals, value = change.partition("=")
+        field = field.strip().replace("-", "_")
+        if not equals or field == "prefer":
+            raise SettingError(f"method {name!r}: {change!r} does not set a field of the settings")
+        parsed = find(field, SETTINGS).parse(field, value)
+        settings = dataclasses.replace(settings, **{field: parsed})
+    return name, settings
