@@ -54,6 +54,9 @@ class Options(TypedDict, total=False):
     min_p: float
     repeat_penalty: float
     repeat_last_n: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: BiasesLike
     seed: int | None
 
 
@@ -135,6 +138,21 @@ class Settings(Declared):
     )
     repeat_penalty: float = setting(1.1, "Make recent tokens less probable; 1: off.", low=0.1, high=10)
     repeat_last_n: int = setting(64, "Tokens the penalty looks back.", "whole", low=0, high=65536)
+    presence_penalty: float = setting(
+        0.0, "Take this from the logits of all tokens that were written.", low=-2, high=2
+    )
+    frequency_penalty: float = setting(
+        0.0, "Take this from the logits of tokens for each time they were written.", low=-2, high=2
+    )
+    logit_bias: tuple[tuple[int | str, float], ...] = setting(
+        (),
+        "Add a number to the logits of a token, by its id, or of all tokens of a text: -100 bans them. "
+        "Repeatable.",
+        "biases",
+        low=-100,
+        high=100,
+        metavar="TOKEN:BIAS",
+    )
     seed: int | None = setting(None, "Same seed, same text.", "whole", low=0, high=2**64 - 1)
 
     def __post_init__(self) -> None:

@@ -188,6 +188,9 @@ def test_the_papers_settings() -> None:
         "min_p": 0.0,
         "repeat_penalty": 1.0,
         "repeat_last_n": 64,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": (),
         "seed": None,
     }
     assert Settings.paper().prefer == ()

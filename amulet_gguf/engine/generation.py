@@ -197,6 +197,7 @@ class Generation:
             row: (V,) work space.
         """
         mixture = self.mixture  # once: another thread may replace it
+        self.request.sampler.bias(logits)
         prompted = mixture.combine(logits, row)
         changed = int(argmax(row)) != prompted  # before penalties and chance have their say
         n_alternatives = self.request.n_alternatives

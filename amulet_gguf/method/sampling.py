@@ -1,25 +1,30 @@
 """One combined row of logits becomes one token.
 
-The stages are llama.cpp's, in llama.cpp's order: repetition penalty, top-k, top-p, min-p, temperature.
+The stages are llama.cpp's, in llama.cpp's order: biases, penalties, top-k, top-p, min-p, temperature.
 Filters thus judge the realigned distribution itself, and temperature only spreads what they kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from amulet_gguf.errors import SettingError
 from amulet_gguf.method._kernel import kernel
 from amulet_gguf.method.arrays import BLOCK, Float32Array
 from amulet_gguf.method.realign import argmax, largest_key
+from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.settings import Settings
 
 #: Greedy, and nothing more.
 PLAIN: Final = Settings(repeat_penalty=1.0)
+#: A bias that rules a token out.
+BAN: Final = -100.0
 _MAX_SCALE: Final = 1e30  # leaves the best tokens alone as surely as infinity, without its NaN
 _LOWEST: Final = np.finfo(np.float32).min  # below it there are only masked tokens
 _FIRST_WINDOW: Final = 4.0  # nats below the best logit; holds the nucleus of most real rows
@@ -37,13 +42,38 @@ class Sampler:
     - repeat_penalty: divides positive and multiplies negative logits of tokens among the last
       `repeat_last_n` written (Keskar et al. 2019, arXiv 1909.05858); 1 changes nothing. The prompt is
       not counted: a question's own words are needed in its answer.
+    - presence_penalty, frequency_penalty: as in OpenAI's API, taken from the logits of tokens of the
+      answer, however long ago they were written: once, and once for each time.
+    - logit_bias: as in OpenAI's API, added to the model's own logits, before branches are combined. All
+      tokens of a text get it. A token with -100 is never chosen while there is another.
     - seed: of the random numbers; None draws one from the system.
     """
 
-    def __init__(self, settings: Settings = PLAIN) -> None:
+    def __init__(self, settings: Settings = PLAIN, vocabulary: Vocabulary | None = None) -> None:
+        """Begin an answer.
+
+        Args:
+            vocabulary: what tokens and texts of `logit_bias` mean; not needed without.
+
+        Raises:
+            SettingError: `logit_bias` names a token that there is not.
+        """
         self._settings = settings
         self._random = np.random.default_rng(settings.seed)
         self._recent: deque[int] = deque(maxlen=settings.repeat_last_n)
+        self._written: Counter[int] = Counter()
+        self._biased, self._biases = np.empty(0, np.int64), np.empty(0, np.float32)
+        if settings.logit_bias and vocabulary is not None:
+            self._biased, self._biases = token_biases(settings.logit_bias, vocabulary)
+        self._banned = self._biased[self._biases <= BAN]
+
+    def bias(self, logits: Float32Array) -> None:
+        """Add the biases of tokens to (B, V) logits of all branches, in place.
+
+        Coefficients sum to 1, so that this adds them to the combination and to what judges plausibility.
+        """
+        if len(self._biased):
+            logits[:, self._biased] += self._biases
 
     def sample(self, logits: Float32Array) -> int:
         """Choose a token and remember it for the repetition penalty.
@@ -53,8 +83,12 @@ class Sampler:
                 Penalties are applied in place.
         """
         chosen = self._settings
+        if len(self._banned):
+            ban(logits, self._banned)
         if chosen.repeat_penalty != 1.0 and self._recent:
             penalize(logits, np.unique(np.array(self._recent, np.int64)), chosen.repeat_penalty)
+        if chosen.presence_penalty or chosen.frequency_penalty:
+            penalize_counts(logits, self._written, chosen.presence_penalty, chosen.frequency_penalty)
         if chosen.temperature == 0.0:
             token = argmax(logits)
         else:
@@ -63,6 +97,7 @@ class Sampler:
             uniform = self._random.random()
             token = _draw(logits, scale, chosen.top_k, chosen.top_p, floor, uniform)
         self._recent.append(token)
+        self._written[token] += 1
         return token
 
 
@@ -70,6 +105,40 @@ def penalize(logits: Float32Array, tokens: npt.NDArray[np.int64], penalty: float
     """Apply the repetition penalty to distinct `tokens` of (V,) `logits`, in place."""
     values = logits[tokens]
     logits[tokens] = np.where(values > 0, values / penalty, values * penalty)
+
+
+def penalize_counts(
+    logits: Float32Array, counts: Mapping[int, int], presence: float, frequency: float
+) -> None:
+    """Take `presence + count * frequency` from the logits of counted tokens, in place."""
+    tokens = np.fromiter(counts.keys(), np.int64, len(counts))
+    logits[tokens] -= presence + frequency * np.fromiter(counts.values(), np.float32, len(counts))
+
+
+def ban(logits: Float32Array, tokens: npt.NDArray[np.int64]) -> None:
+    """Make tokens impossible in (V,) `logits`, in place, unless no other is possible."""
+    before = logits[tokens]
+    logits[tokens] = -np.inf
+    if logits[argmax(logits)] == -np.inf:
+        logits[tokens] = before
+
+
+def token_biases(
+    biases: Iterable[tuple[int | str, float]], vocabulary: Vocabulary
+) -> tuple[npt.NDArray[np.int64], Float32Array]:
+    """Return distinct tokens, (n,) int64, and what to add to their logits, (n,) float32.
+
+    Raises:
+        SettingError: there is no token of an id.
+    """
+    sums: dict[int, float] = {}
+    for token, number in biases:
+        if isinstance(token, int) and not 0 <= token < vocabulary.n_vocab:
+            message = f"logit_bias: there is no token {token}; the model has {vocabulary.n_vocab}"
+            raise SettingError(message, "logit_bias")
+        for each in [token] if isinstance(token, int) else vocabulary.tokenize(token).tolist():
+            sums[each] = sums.get(each, 0.0) + number
+    return np.array(list(sums), np.int64), np.array(list(sums.values()), np.float32)
 
 
 @kernel(fastmath={"reassoc", "contract", "nsz"})

@@ -66,7 +66,7 @@ class Planner:
         return Request(
             branches=branches,
             mixture=self._mixture(settings, needed),
-            sampler=Sampler(settings),
+            sampler=Sampler(settings, self._model),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             reuse=reuse,

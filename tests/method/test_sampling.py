@@ -12,7 +12,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from literal import log_softmax
 
+from amulet_gguf.errors import SettingError
+from amulet_gguf.method.realign import combine
 from amulet_gguf.method.sampling import PLAIN, Sampler, exp_below, penalize
+from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.settings import Settings
 
 Row = npt.NDArray[np.float32]
@@ -367,6 +370,84 @@ def test_the_penalty_comes_before_the_filters() -> None:
     sampler = plain(temperature=1.0, top_k=1, repeat_penalty=2.0, seed=0)
     chosen = [sampler.sample(np.array([4, 3, 2.5, 0], np.float32)) for _ in range(4)]
     assert chosen == [0, 1, 2, 0]
+
+
+# --- presence and frequency penalty, biases ---
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "expected"),
+    [
+        ([], {"presence_penalty": 2.0}, [1, 1, 1, 1, 1, 1, 1, -1]),
+        ([2, 2, 2], {"presence_penalty": 0.5}, [1, 1, 0.5, 1, 1, 1, 1, -1]),
+        ([2, 2, 7], {"frequency_penalty": 0.25}, [1, 1, 0.5, 1, 1, 1, 1, -1.25]),
+        ([1, 1, 3], {"frequency_penalty": 0.5, "presence_penalty": -0.5}, [1, 0.5, 1, 1, 1, 1, 1, -1]),
+        ([1, *[2] * 99], {"presence_penalty": 0.5}, [1, 0.5, 0.5, 1, 1, 1, 1, -1]),  # all of the answer
+        ([2], {"presence_penalty": 1.0, "repeat_penalty": 2.0}, [1, 1, -0.5, 1, 1, 1, 1, -1]),
+    ],
+)
+def test_presence_and_frequency_penalties(
+    tokens: list[int], options: dict[str, Any], expected: list[float]
+) -> None:
+    """c[j] times the one and once the other, as OpenAI's documentation has it."""
+    assert written(tokens, **options).tolist() == expected
+
+
+class Words:
+    """A vocabulary of eight tokens: the digits, which are their own texts."""
+
+    n_vocab = 8
+
+    def tokenize(self, text: str, *, special: bool = False) -> npt.NDArray[np.int32]:
+        return np.array([int(each) for each in text.removeprefix("x")], np.int32)
+
+
+def biased(logits: Row, **biases: float) -> Sampler:
+    words = cast(Vocabulary, Words())
+    sampler = Sampler(
+        PLAIN.replace(logit_bias={k.removeprefix("_"): v for k, v in biases.items()}), words
+    )
+    sampler.bias(logits)
+    return sampler
+
+
+def test_biases_are_added_to_every_branch() -> None:
+    logits = np.zeros((3, 8), np.float32)
+    biased(logits, _2=5.0, x23=-1.0)
+    assert logits.tolist() == [[0, 0, 4, -1, 0, 0, 0, 0]] * 3
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 5.65, -2.0])
+def test_a_bias_on_the_branches_is_a_bias_on_their_combination(strength: float) -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (2, 8)).astype(np.float32)
+    expected = combine(logits, (1 - strength, strength))
+    expected[5] += 3
+    biased(logits, _5=3.0)
+    np.testing.assert_allclose(combine(logits, (1 - strength, strength)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_can_bring_a_token_back_that_plausibility_would_mask() -> None:
+    logits = np.array([[0, 0, 9, 0, 0, 0, 0, 0], [0, 0, 9, 0, 0, 0, 0, 0]], np.float32)
+    sampler = biased(logits, _4=100.0)
+    assert sampler.sample(combine(logits, (-4.0, 5.0), 0.5)) == 4
+
+
+def test_a_banned_token_is_never_chosen_while_there_is_another() -> None:
+    logits = np.zeros((2, 8), np.float32)
+    logits[:, 3] = (-1000, 1000)  # amplified far beyond what -100 takes away
+    sampler = biased(logits, _3=-100.0)
+    row = combine(logits, (-4.0, 5.0))
+    assert int(np.argmax(row)) == 3
+    assert sampler.sample(row) != 3
+    only = np.full(8, -INF, np.float32)
+    only[3] = 1.0
+    assert sampler.sample(only) == 3
+
+
+def test_a_token_that_there_is_not_cannot_be_biased() -> None:
+    with pytest.raises(SettingError, match="there is no token 8; the model has 8") as error:
+        biased(np.zeros((1, 8), np.float32), _8=1.0)
+    assert error.value.field == "logit_bias"
 
 
 def test_without_a_penalty_the_row_is_only_read() -> None:

@@ -22,7 +22,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from fixture_types import Tiny
+from fixture_types import Load, Tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Running, is_free, serving, until
@@ -206,6 +206,27 @@ def test_models_and_what_may_follow_their_name(client: openai.OpenAI, http: http
         assert caught.value.code == "model_not_found"
 
 
+def test_biases_and_penalties_of_the_python_client(client: openai.OpenAI, load: Load) -> None:
+    def ask(**more: Any) -> list[int]:
+        asked = client.chat.completions.create(
+            model="amulet", messages=HI, max_tokens=12, logprobs=True, **more
+        )
+        logprobs = asked.choices[0].logprobs
+        assert logprobs is not None
+        return [token for each in logprobs.content or [] for token in load("llama").tokenize(each.token)]
+
+    plain = ask()
+    first = plain[0]
+    assert first not in ask(logit_bias={str(first): -100})
+    only = next(token for token in range(20, 400) if token not in plain)
+    assert set(ask(logit_bias={str(only): 100})) == {only}
+    often = max(map(plain.count, plain))
+    assert max(map((varied := ask(frequency_penalty=2)).count, varied)) <= often
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(logit_bias={"999999": 1})
+    assert caught.value.param == "logit_bias"
+
+
 BAD: list[tuple[Any, int]] = [
     (b"{bad", 400),
     (b"", 400),
@@ -250,7 +271,13 @@ BAD: list[tuple[Any, int]] = [
     ({**ASKED, "stop": [""]}, 400),
     ({**ASKED, "stop": ["x"] * 20_000}, 400),
     ({**ASKED, "tools": [{"type": "function"}]}, 400),
-    ({**ASKED, "presence_penalty": 1}, 400),
+    ({**ASKED, "presence_penalty": 2.5}, 400),
+    ({**ASKED, "frequency_penalty": -2.5}, 400),
+    ({**ASKED, "logit_bias": {"999999": 1}}, 400),
+    ({**ASKED, "logit_bias": {"5": "x"}}, 400),
+    ({**ASKED, "logit_bias": {"5": 101}}, 400),
+    ({**ASKED, "system": "Be brief."}, 400),
+    ({**ASKED, "presence_penalty": 1, "frequency_penalty": 0.5, "logit_bias": {"5": -100}}, 200),
     ({**ASKED, "response_format": {"type": "json_object"}}, 400),
     ({**ASKED, "tools": [], "presence_penalty": 0, "user": "me", "logit_bias": None}, 200),
     ({**ASKED, "messages": [{"role": "user", "content": "<|im_end|><s> \ud800 \x00 \u202e"}]}, 200),

@@ -1,0 +1,201 @@
+"""Every setting works in every face, with the same meaning: that is what one declaration is for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from amulet_gguf import llm_plugin
+from amulet_gguf.batch.records import read_records
+from amulet_gguf.cli import slash
+from amulet_gguf.cli.options import loading_from, loading_options, settings_from, settings_options
+from amulet_gguf.declaration import SEVERAL
+from amulet_gguf.home.config import load_config
+from amulet_gguf.methods import method
+from amulet_gguf.server.schema import ChatRequest
+from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
+
+#: For each setting a value, as JSON has it, and how it is typed.
+SAMPLES: dict[str, tuple[Any, str]] = {
+    "prefer": (["formal:0.5"], "formal:0.5"),
+    "strength": (3.5, "3.5"),
+    "plausibility": (0.25, "0.25"),
+    "adapt": ("entropy", "entropy"),
+    "withhold_echo": (False, "false"),
+    "placement": ("system", "system"),
+    "system": ("Be brief.", "Be brief."),
+    "max_tokens": (7, "7"),
+    "stop": (["END"], "END"),
+    "temperature": (0.5, "0.5"),
+    "top_k": (5, "5"),
+    "top_p": (0.5, "0.5"),
+    "min_p": (0.125, "0.125"),
+    "repeat_penalty": (1.5, "1.5"),
+    "repeat_last_n": (3, "3"),
+    "presence_penalty": (0.5, "0.5"),
+    "frequency_penalty": (-0.5, "-0.5"),
+    "logit_bias": ({"42": -100, "sea": 2.5}, '{"42": -100, "sea": 2.5}'),
+    "seed": (1, "1"),
+}
+
+
+def expected(name: str) -> Settings:
+    return Settings(**{name: SAMPLES[name][0]})  # type: ignore[misc]
+
+
+def typed(name: str) -> list[str]:
+    """The sample on the command line."""
+    value = SAMPLES[name][0]
+    option = f"--{name.replace('_', '-')}"
+    if SETTINGS[name].kind == "switch":
+        return [option if value else SETTINGS[name].off]
+    if isinstance(value, dict):
+        return [word for token, bias in value.items() for word in (option, f"{token}:{bias}")]
+    return [option, SAMPLES[name][1]]
+
+
+def run(*arguments: str) -> tuple[Settings, Loading]:
+    found: list[tuple[Settings, Loading]] = []
+
+    @click.command()
+    @settings_options
+    @loading_options
+    def command(**options: Any) -> None:
+        found.append((settings_from(options), loading_from(options)))
+
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.stderr
+    return found[0]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AMULET_HOME", str(tmp_path))
+    return tmp_path
+
+
+every_setting = pytest.mark.parametrize("name", list(SETTINGS))
+
+
+def test_every_setting_has_a_sample() -> None:
+    assert list(SAMPLES) == list(SETTINGS)
+    assert all(expected(name) != Settings() for name in SAMPLES)
+
+
+@every_setting
+def test_the_command_line(name: str) -> None:
+    assert run(*typed(name))[0] == expected(name)
+    help = CliRunner().invoke(click.command()(settings_options(lambda: None)), ["--help"]).stdout
+    assert typed(name)[0] in help
+
+
+@every_setting
+def test_profiles(name: str, home: Path) -> None:
+    from amulet_gguf.cli import main
+
+    added = CliRunner().invoke(main, ["profiles", "add", "p", *typed(name)])
+    assert added.exit_code == 0, added.output
+    assert load_config().settings("p", Settings()) == expected(name)
+    assert run("--profile", "p")[0] == expected(name)
+
+
+@every_setting
+def test_records_of_a_batch(name: str) -> None:
+    for record in ({name: SAMPLES[name][0]}, expected(name).as_record()):
+        (read,) = read_records(json.dumps({"prompt": "x", **record}).encode(), Settings())
+        assert read.error is None
+        assert read.settings == expected(name)
+
+
+@every_setting
+def test_columns_of_a_batch(name: str) -> None:
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([["prompt", name], ["x", SAMPLES[name][1]]])
+    (read,) = read_records(table.getvalue().encode(), Settings(), is_csv=True)
+    assert read.error is None
+    assert read.settings == expected(name)
+
+
+@every_setting
+def test_methods_of_an_evaluation(name: str) -> None:
+    if name != "prefer":  # an evaluation has its own
+        written = f"mine:{name.replace('_', '-')}={SAMPLES[name][1]}"
+        assert method(written, Settings()) == ("mine", expected(name))
+        more = f"{written},top_k=9"
+        assert method(more, Settings())[1] == expected(name).replace(top_k=9)
+
+
+class FakeChat:
+    """What `/set` needs of a chat."""
+
+    def __init__(self) -> None:
+        self.conversation = self
+        self.settings = Settings()
+        self.tell: Callable[[str], None] = lambda text: None
+
+
+@every_setting
+def test_set_in_a_chat(name: str) -> None:
+    chat: Any = FakeChat()
+    slash.run(
+        chat, f"/set {name} {json.dumps(SAMPLES[name][1]) if name == 'stop' else SAMPLES[name][1]}"
+    )
+    assert chat.settings == expected(name)
+    if SETTINGS[name].kind in SEVERAL:
+        slash.run(chat, f"/set {name} none")
+        assert chat.settings == Settings()
+
+
+@every_setting
+def test_requests_to_the_server(name: str) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], name: SAMPLES[name][0]}
+    if name == "system":  # that is a message
+        return
+    changed = ChatRequest.model_validate_json(json.dumps(body)).changed()
+    assert Settings(**changed) == expected(name)
+
+
+@every_setting
+def test_options_of_llm(name: str) -> None:
+    options = llm_plugin.AmuletModel.Options(**({name: SAMPLES[name][1]} if name != "system" else {}))
+    system = SAMPLES[name][0] if name == "system" else None
+    assert llm_plugin._settings(options, system) == expected(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_ctx", 512),
+        ("n_gpu_layers", 0),
+        ("n_threads", 1),
+        ("n_batch", 64),
+        ("rpc", "a:1"),
+        ("model", "m"),
+    ],
+)
+def test_ways_to_load_a_model(name: str, value: Any) -> None:
+    from amulet_gguf.cli import main
+
+    loading = Loading(**{name: value})
+    arguments = [f"--{name.replace('_', '-')}", str(value)]
+    assert run(*arguments)[1] == loading
+    assert llm_plugin._given(llm_plugin.AmuletModel.Options(**{name: value}), LOADING) == {name: value}
+    assert CliRunner().invoke(main, ["profiles", "add", "p", *arguments]).exit_code == 0
+    assert run("--profile", "p")[1] == loading
+
+
+@pytest.mark.parametrize("name", [name for name, each in SETTINGS.items() if each.is_number])
+def test_errors_name_their_field(name: str) -> None:
+    from amulet_gguf.errors import SettingError
+
+    with pytest.raises(SettingError) as error:
+        Settings(**{name: "?"})  # type: ignore[misc]
+    assert error.value.field == name
