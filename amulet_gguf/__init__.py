@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
-    from amulet_gguf.amulet import Amulet, Stream
+    from amulet_gguf.amulet import Amulet
     from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
     from amulet_gguf.errors import (
         AmuletError,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from amulet_gguf.service.service import AmuletService
     from amulet_gguf.service.stream import ServiceStream
     from amulet_gguf.settings import Settings
+    from amulet_gguf.stream import Stream
 
 __all__ = [
     "PRESETS",
@@ -64,7 +65,8 @@ __all__ = [
 
 # Imported when first used, because llama.cpp and Numba take most of a second.
 _HOMES = {
-    "amulet": ("Amulet", "Stream"),
+    "amulet": ("Amulet",),
+    "stream": ("Stream",),
     "engine.answer": ("Answer", "Piece", "Timings", "Usage"),
     "preferences": ("PRESETS", "Preference"),
     "method.realign": ("combine", "strength"),

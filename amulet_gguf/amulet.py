@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
+from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
@@ -16,75 +17,10 @@ from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Message
 from amulet_gguf.settings import Loading, LoadOptions, Options, Settings
+from amulet_gguf.stream import AnswerStream, Job, OnPrefill, Plan, Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class Stream(Iterator[Piece]):
-    """The pieces of an answer, as they are written. Closing it (or `with`) cancels the rest.
-
-    `usage` and `timings` hold for what has been produced so far.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        generation: Generation,
-        on_prefill: Callable[[int, int], None] | None,
-    ) -> None:
-        self._generation = generation
-
-        def on_step(generation: Generation) -> None:
-            if on_prefill is not None and generation.n_tokens == 0:
-                on_prefill(generation.n_read, generation.n_prefill)
-
-        self._pieces = engine.stream(generation, on_step)
-        self._engine = engine
-
-    def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Cancel what is not written yet and free its memory."""
-        self._pieces.close()
-        self._engine.cancel(
-            self._generation
-        )  # a generator that was never started does not run its `finally`
-
-    def cancel(self) -> None:
-        """End the answer within a step; the pieces that are left can still be taken."""
-        self._engine.cancel(self._generation)
-
-    @property
-    def is_finished(self) -> bool:
-        """Nothing more will be written; the last pieces may not have been taken yet."""
-        return self._generation.is_finished
-
-    def answer(self, taken: Sequence[Piece] = ()) -> Answer:
-        """Take the pieces that are left, and return the whole answer.
-
-        Args:
-            taken: those taken before.
-
-        Raises:
-            AmuletError: the generation failed.
-        """
-        return self._generation.answer([*taken, *self])
-
-    @property
-    def usage(self) -> Usage:
-        return self._generation.usage
-
-    @property
-    def timings(self) -> Timings:
-        return self._generation.timings
 
 
 def load_model(
@@ -113,7 +49,8 @@ def load_model(
 class Amulet:
     """A loaded model that answers, realigned to preferences. Make one with `Amulet.load`.
 
-    Its methods may be called from several threads; generations then share each step.
+    Pieces are written as they are taken, all of them by one thread: see `Engine`. To ask from several
+    threads, or from asyncio, use `AmuletService`.
     """
 
     def __init__(self, model: Model, engine: Engine) -> None:
@@ -193,7 +130,7 @@ class Amulet:
         *,
         messages: Sequence[Message] | None = None,
         settings: Settings | None = None,
-        on_prefill: Callable[[int, int], None] | None = None,
+        on_prefill: OnPrefill | None = None,
         **options: Unpack[Options],
     ) -> Stream:
         """Answer a prompt piece by piece.
@@ -211,9 +148,40 @@ class Amulet:
                 the counts.
             EngineError: from the iterator, if llama.cpp fails.
         """
-        settings = (settings or Settings()).replace(**options)
-        request = self.planner.request(prompt, messages, settings)
-        return Stream(self.engine, self.engine.submit(request), on_prefill)
+
+        def plan(planner: Planner, settings: Settings) -> Request:
+            return planner.request(prompt, messages, settings)
+
+        return self.start(
+            plan, (settings or Settings()).replace(**options), is_adjustable=False, on_prefill=on_prefill
+        )
+
+    def start(
+        self,
+        plan: Plan,
+        settings: Settings,
+        *,
+        is_adjustable: bool,
+        on_prefill: OnPrefill | None = None,
+        on_end: Callable[[AnswerStream], None] | None = None,
+    ) -> Stream:
+        """Begin an answer that needs more than `stream` says.
+
+        Args:
+            plan: makes the request.
+            is_adjustable: it keeps all branches at every strength, so that `adjust` may be used.
+            on_end: see `amulet_gguf.stream.AnswerStream`.
+
+        Raises:
+            As `stream`.
+        """
+        job = Job(settings, is_adjustable, on_prefill)
+        job.generation = self.engine.submit(plan(self.planner, settings))
+        return Stream(job, self.engine, self.planner, on_end)
+
+    def wait_ready(self, timeout: float | None = None) -> Amulet:
+        """Return itself, which is ready, as an `AmuletService` is when it has waited."""
+        return self
 
     def generate(
         self,
@@ -245,28 +213,25 @@ class Amulet:
         Raises:
             As `stream`.
         """
-        reuse = messages is not None
-        requests = {
-            name: self.planner.request(prompt, messages, each, reuse=reuse)
-            for name, each in settings.items()
-        }
+
+        def planned(each: Settings) -> Request:
+            return self.planner.request(prompt, messages, each, reuse=messages is not None)
+
+        requests = {name: planned(each) for name, each in settings.items()}
         self.engine.reserve(sum(len(request.branches) for request in requests.values()))
-        streams: dict[str, Stream] = {}
-        pieces: dict[str, list[Piece]] = {name: [] for name in requests}
-        try:
-            for name, request in requests.items():
-                streams[name] = Stream(self.engine, self.engine.submit(request), None)
+        with contextlib.ExitStack() as stack:
+            streams = {
+                name: stack.enter_context(
+                    self.start(lambda *_: request, settings[name], is_adjustable=False)  # noqa: B023
+                )
+                for name, request in requests.items()
+            }
             running = dict(streams)
             while running:
                 for name, stream in list(running.items()):
                     piece = next(stream, None)
                     if piece is None:
                         del running[name]
-                        continue
-                    pieces[name].append(piece)
-                    if on_piece is not None:
+                    elif on_piece is not None:
                         on_piece(name, piece)
-        finally:
-            for stream in streams.values():
-                stream.close()
-        return {name: streams[name].answer(pieces[name]) for name in settings}
+        return {name: stream.answer() for name, stream in streams.items()}

@@ -9,12 +9,13 @@ from typing import Any, Final
 
 import psutil
 
-from amulet_gguf.amulet import Amulet, Stream
+from amulet_gguf.amulet import Amulet
 from amulet_gguf.batch.records import Record
 from amulet_gguf.engine.answer import Answer
 from amulet_gguf.errors import AmuletError, BatchError, ClosedError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.prompts.planning import Planner
+from amulet_gguf.stream import Stream
 
 #: Rows of one step beyond which a step grows as fast as its rows do: nothing is gained by more.
 _ROWS: Final = 16

@@ -79,7 +79,7 @@ def explain(
             raise click.ClickException(f"{html} cannot be written: {error.strerror}") from None
         click.echo(f"written: {html}", err=True)
     if as_json:
-        record = {"prompt": text, "text": turn.answer, "model": name, **explained.as_record(turn.pieces)}
+        record = {"prompt": text, "text": turn.text, "model": name, **explained.as_record(turn.pieces)}
         click.echo(json.dumps(record, ensure_ascii=False))
     elif not html:
         show(Console(highlight=False, markup=False, emoji=False), turn.pieces)

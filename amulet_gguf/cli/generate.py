@@ -20,7 +20,7 @@ from amulet_gguf.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from amulet_gguf.amulet import Stream
+    from amulet_gguf.stream import Stream
 
 
 @click.command()
@@ -59,10 +59,8 @@ def generate(
         amulet.stream(text, settings=settings, on_prefill=bar.update) as stream,
     ):
         try:
-            pieces = []
             for piece in stream:
                 bar.close()
-                pieces.append(piece)
                 if not as_json:
                     output.write(piece.text)
         finally:
@@ -72,19 +70,19 @@ def generate(
             record = {
                 "prompt": text,
                 **settings.as_record(),
-                "text": "".join(piece.text for piece in pieces),
-                "finish_reason": pieces[-1].finish_reason,
+                "text": stream.text,
+                "finish_reason": stream.pieces[-1].finish_reason,
                 "model": str(amulet.model.path),
                 "usage": dataclasses.asdict(stream.usage),
                 "timings": dataclasses.asdict(stream.timings),
             }
             output.write(json.dumps(record, ensure_ascii=False) + "\n")
         if stats or (stats is None and sys.stderr.isatty()):
-            click.secho(_summary(stream, pieces[-1].finish_reason), err=True, dim=True)
+            click.secho(_summary(stream), err=True, dim=True)
 
 
-def _summary(stream: Stream, reason: str | None) -> str:
-    usage, timings = stream.usage, stream.timings
+def _summary(stream: Stream) -> str:
+    usage, timings, reason = stream.usage, stream.timings, stream.pieces[-1].finish_reason
     return (
         f"[{usage.completion_tokens} tokens, {timings.tokens_per_second:.1f} per second; "
         f"{usage.prefill_tokens} read in {timings.prefill:.2f} s; ended by {reason}]"

@@ -57,7 +57,7 @@ def list_sessions(as_json: bool) -> None:
 
     console = table_console()
     table = Table(box=None, pad_edge=False, header_style="bold", expand=console.is_terminal)
-    for title in ("NAME", "TURNS", "MEMORY", "SAVED (UTC)"):
+    for title in ("NAME", "TURNS", "CACHE", "SAVED (UTC)"):
         table.add_column(title, no_wrap=True)
     table.add_column("BEGINS", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in rows:

@@ -16,10 +16,8 @@ from amulet_gguf.preferences import PRESETS, parse_preferences
 from amulet_gguf.settings import SETTINGS, describe
 
 if TYPE_CHECKING:
-    from amulet_gguf.cli.chat import Chat
+    from amulet_gguf.cli.talk import Chat
 
-#: What one press of Ctrl-Up or Ctrl-Down changes.
-STRENGTH_STEP: Final = 0.5
 _SHOWN_ELSEWHERE: Final = ("prefer", "strength", "system", "stop")
 
 
@@ -147,18 +145,18 @@ def _undo(chat: Chat, _text: str) -> None:
 
 def _save(chat: Chat, text: str) -> None:
     name, *more = _split(text) or [chat.name]
-    if more not in ([], ["memory"]):
-        raise SettingError("/save NAME, or /save NAME memory to resume a long conversation at once")
+    if more not in ([], ["cache"], ["memory"]):  # its name before
+        raise SettingError("/save NAME, or /save NAME cache to resume a long conversation at once")
     if name != chat.name and sessions.session_path(name).exists():
         raise SettingError(f"there is a session {name!r} already: choose another name, or remove it")
     chat.name = name
     path = chat.save()
     chat.tell(f"saved: {path}")
     if more:
-        held = chat.conversation.memory()
-        if held is None:
-            raise SettingError("the model holds nothing of the conversation yet")
-        path = sessions.save_memory(name, chat.conversation.amulet.model.path, *held)
+        cached = chat.conversation.save_cache()
+        if cached is None:
+            raise SettingError("nothing of the conversation is cached yet")
+        path = sessions.save_cache(name, chat.conversation.amulet.model.path, *cached)
         chat.tell(f"saved: {path} ({path.stat().st_size / 1e6:,.0f} MB)")
 
 
@@ -233,7 +231,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "regen": Command("/regen", "write the last answer again", _regen),
     "undo": Command("/undo", "take the last turn back", _undo),
     "save": Command(
-        "/save [NAME [memory]]", "save under a name; memory: to resume at once", _save, _session_names
+        "/save [NAME [cache]]", "save under a name; cache: to resume at once", _save, _session_names
     ),
     "load": Command("/load NAME", "go on with a saved conversation", _load, _session_names),
     "drop": Command("/drop [N]", "forget the oldest turns, when the context is full", _drop),

@@ -1,4 +1,4 @@
-"""Saved conversations: what was said as JSON, and beside it, if wanted, what the model holds of it.
+"""Saved conversations: what was said as JSON, and beside it, if wanted, its KV cache.
 
 The second file makes a long conversation resume at once. It is never needed: if it is damaged, or of
 another model or version of llama.cpp, the conversation is read again.
@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from amulet_gguf.errors import AmuletError, SessionError
 from amulet_gguf.home.files import replacing, write_atomically
 from amulet_gguf.home.paths import sessions_folder
-from amulet_gguf.preferences import Preference
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     from amulet_gguf.prompts.template import Encoded
@@ -32,8 +31,8 @@ _MAX_BYTES: Final = 64 * 2**20  # of the JSON: far more than any context holds
 _NAME: Final = re.compile(r"[\w][\w.-]{0,99}")
 
 _MAGIC: Final = b"AMULETKV"
-_HEAD: Final = struct.Struct("<8sIIQ")  # magic, version, bytes of the description, bytes of the memory
-_STATE_VERSION: Final = 1
+_HEAD: Final = struct.Struct("<8sIIQ")  # magic, version, bytes of the description, bytes of the cache
+_CACHE_VERSION: Final = 1
 
 
 @dataclass
@@ -166,22 +165,18 @@ def _messages(value: Any) -> list[dict[str, str]]:
 
 
 def _settings(value: dict[str, Any]) -> Settings:
-    known = {each.name for each in dataclasses.fields(Settings)}
-    given = {key: each for key, each in value.items() if key in known}
-    if "prefer" in given:
-        given["prefer"] = tuple(Preference(each["text"], each["weight"]) for each in given["prefer"])
-    return Settings(**given)
+    return Settings(**{name: value[name] for name in SETTINGS if name in value})
 
 
-def save_memory(name: str, model: Path, held: Encoded, data: bytes) -> Path:
-    """Write what a model holds of a session, beside it.
+def save_cache(name: str, model: Path, cached: Encoded, data: bytes) -> Path:
+    """Write the cache of a session beside it.
 
     Raises:
         SessionError: the file cannot be written.
     """
     path = session_path(name).with_suffix(".kv")
-    tokens = held.tokens.astype("<i4").tobytes()
-    description = {**_origin(model), "n_tokens": len(held.tokens), "text": held.text}
+    tokens = cached.tokens.astype("<i4").tobytes()
+    description = {**_origin(model), "n_tokens": len(cached.tokens), "text": cached.text}
     about = json.dumps(description).encode()
     checksum = hashlib.sha256()
     try:
@@ -191,12 +186,12 @@ def save_memory(name: str, model: Path, held: Encoded, data: bytes) -> Path:
                 file.write(part)
             file.write(checksum.digest())
     except OSError as error:
-        raise SessionError(f"the memory cannot be saved: {error.strerror or error}: {path}") from None
+        raise SessionError(f"the cache cannot be saved: {error.strerror or error}: {path}") from None
     return path
 
 
-def load_memory(name: str, model: Path) -> tuple[Encoded, bytes] | None:
-    """Return what was saved by `save_memory`; None if there is nothing.
+def load_cache(name: str, model: Path) -> tuple[Encoded, bytes] | None:
+    """Return what was saved by `save_cache`; None if there is nothing.
 
     Raises:
         SessionError: the file is damaged, or not of this model and this version of llama.cpp.
@@ -214,8 +209,8 @@ def load_memory(name: str, model: Path) -> tuple[Encoded, bytes] | None:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from None
     try:
         magic, version, n_about, n_data = _HEAD.unpack_from(blob)
-        if magic != _MAGIC or version != _STATE_VERSION:
-            raise SessionError(f"{path.name} is not a saved memory of this version of amulet")
+        if magic != _MAGIC or version != _CACHE_VERSION:
+            raise SessionError(f"{path.name} is not a saved cache of this version of amulet")
         content, checksum = memoryview(blob)[:-32], blob[-32:]
         if hashlib.sha256(content).digest() != checksum:
             raise SessionError(f"{path.name} is damaged (checksum)")
@@ -233,14 +228,14 @@ def load_memory(name: str, model: Path) -> tuple[Encoded, bytes] | None:
 
 
 def _parts(about: bytes, tokens: bytes, data: bytes) -> Iterator[bytes]:
-    yield _HEAD.pack(_MAGIC, _STATE_VERSION, len(about), len(data))
+    yield _HEAD.pack(_MAGIC, _CACHE_VERSION, len(about), len(data))
     yield about
     yield tokens
     yield data
 
 
 def _origin(model: Path) -> dict[str, Any]:
-    """Return what a memory is tied to: the weights, known by size and first megabyte, and llama.cpp."""
+    """Return what a cache is tied to: the weights, known by size and first megabyte, and llama.cpp."""
     from importlib import metadata  # takes as long as all of the command line
 
     with model.open("rb") as file:

@@ -6,14 +6,16 @@ of the next, whatever is preferred then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from amulet_gguf.amulet import Amulet, Stream
+from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.answer import Piece
-from amulet_gguf.engine.generation import Generation, Request
-from amulet_gguf.prompts.template import Encoded, Message, conversation, with_preference
+from amulet_gguf.engine.generation import Request
+from amulet_gguf.prompts.planning import Planner
+from amulet_gguf.prompts.template import Encoded, Message
 from amulet_gguf.settings import Options, Settings
+from amulet_gguf.stream import AnswerStream, OnPrefill, Plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -21,62 +23,28 @@ if TYPE_CHECKING:
 #: Of each distribution, for every token.
 N_ALTERNATIVES = 5
 
-
-class Turn(Iterator[Piece]):
-    """An answer being written. When it ends, in whatever way, it becomes part of the conversation.
-
-    Attributes:
-        stream: for its counts and times.
-        pieces: those taken so far.
-        settings: as they are now.
-    """
-
-    def __init__(self, owner: Conversation, generation: Generation, stream: Stream, text: str) -> None:
-        self.stream = stream
-        self._owner = owner
-        self._generation = generation
-        self._text = text
-        self._is_added = False
-        self.pieces: list[Piece] = []
-        self.settings = owner.settings
-
-    def __next__(self) -> Piece:
-        try:
-            piece = next(self.stream)
-        except BaseException:
-            self.close()
-            raise
-        self.pieces.append(piece)
-        return piece
-
-    @property
-    def answer(self) -> str:
-        """What is written so far."""
-        return "".join(piece.text for piece in self.pieces)
-
-    def adjust(self, strength: float) -> None:
-        """Change the strength from the next token on, for this answer and those that follow.
-
-        Raises:
-            SettingError: out of range.
-        """
-        self.settings = self._owner.settings = self.settings.replace(strength=strength)
-        self._generation.mixture = self._owner.amulet.planner.mixture(self.settings)
-
-    def cancel(self) -> None:
-        """End the answer; the pieces that are left can still be taken."""
-        self.stream.cancel()
-
-    def close(self) -> None:
-        """End the answer, and keep what was written in the conversation."""
-        self.stream.close()
-        if not self._is_added:
-            self._is_added = True
-            self._owner._add(self._text, self.pieces)
+AnyStream = TypeVar("AnyStream", bound=AnswerStream, covariant=True)
 
 
-class Conversation:
-    """Messages between the user and the model, held in the model's memory as they grow.
+class Host(Protocol[AnyStream]):
+    """What answers: an `Amulet`, whose caller makes the steps, or an `AmuletService`, which does."""
+
+    def start(
+        self,
+        plan: Plan,
+        settings: Settings,
+        *,
+        is_adjustable: bool,
+        on_prefill: OnPrefill | None = None,
+        on_end: Callable[[AnswerStream], None] | None = None,
+    ) -> AnyStream: ...
+    def wait_ready(self, timeout: float | None = None) -> Amulet: ...
+
+
+class Conversation(Generic[AnyStream]):
+    """Messages between the user and the model, held in the model's cache as they grow.
+
+    One answer at a time; with a service, all but `ask` wait for its model to be loaded.
 
     Attributes:
         messages: user and assistant in turn; the system prompt is in `settings`.
@@ -85,38 +53,58 @@ class Conversation:
     """
 
     def __init__(
-        self, amulet: Amulet, settings: Settings | None = None, messages: Iterable[Message] = ()
+        self,
+        host: Host[AnyStream],
+        settings: Settings | None = None,
+        messages: Iterable[Message] = (),
     ) -> None:
-        self.amulet = amulet
+        self._host = host
         self.settings = settings or Settings()
         self.messages: list[dict[str, str]] = [dict(message) for message in messages]
         self.pieces: list[Piece] = []
-        self._known: Encoded | None = None
+
+    @property
+    def amulet(self) -> Amulet:
+        """The model that answers, to be looked at."""
+        return self._host.wait_ready()
 
     def ask(
-        self,
-        text: str,
-        *,
-        on_prefill: Callable[[int, int], None] | None = None,
-        **options: Unpack[Options],
-    ) -> Turn:
+        self, text: str, *, on_prefill: OnPrefill | None = None, **options: Unpack[Options]
+    ) -> AnyStream:
         """Answer a message of the user, piece by piece.
+
+        When the answer ends, in whatever way, what was taken of it becomes part of the conversation, and
+        so does what `adjust` changed.
 
         Args:
             on_prefill: as in `Amulet.stream`.
             **options: fields of `Settings` that change, from now on.
 
         Raises:
-            SettingError, PromptError: at once. `PromptTooLongError`: see `drop_oldest`.
+            SettingError, PromptError: at once, with a service from the iterator. `PromptTooLongError`:
+                see `drop_oldest`.
             EngineError: from the iterator.
         """
-        self.settings = self.settings.replace(**options)
-        generation = self.amulet.engine.submit(self._request(text))
-        return Turn(self, generation, Stream(self.amulet.engine, generation, on_prefill), text)
+        self.settings = asked = self.settings.replace(**options)
+        messages = self._with(text)
+
+        def plan(planner: Planner, settings: Settings) -> Request:
+            return _request(planner, messages, settings)
+
+        def add(stream: AnswerStream) -> None:
+            if stream.settings is not asked:
+                now = stream.settings
+                self.settings = self.settings.replace(prefer=now.prefer, strength=now.strength)
+            if stream.text:  # one without an answer is left out: the user can ask again
+                self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+                self.pieces = stream.pieces
+
+        return self._host.start(plan, asked, is_adjustable=True, on_prefill=on_prefill, on_end=add)
 
     def room(self, text: str) -> int:
         """Return how many tokens of answer a message would leave room for; may be negative."""
-        return self.amulet.engine.n_ctx - max(map(len, self._request(text).branches))
+        request = _request(self.amulet.planner, self._with(text), self.settings)
+        return self.amulet.engine.n_ctx - max(map(len, request.branches))
 
     def undo(self) -> str | None:
         """Take back the last turn; return what the user said in it, or None if there is none."""
@@ -137,70 +125,38 @@ class Conversation:
         self.messages.clear()
         self.pieces = []
 
-    def memory(self) -> tuple[Encoded, bytes] | None:
-        """Return what the model holds of the conversation, for `remember`; None if nothing."""
-        known = self._encoded()
-        state = known and self.amulet.engine.save(known.tokens)
-        if not known or not state:
+    def save_cache(self) -> tuple[Encoded, bytes] | None:
+        """Return what is cached of the conversation, for `restore_cache`; None if nothing."""
+        if not self.messages:
             return None
-        tokens, data = state
-        return Encoded(known.text if len(tokens) == len(known.tokens) else "", tokens), data
+        whole = self.amulet.planner.transcripts.whole(self._base())
+        saved = self.amulet.engine.save(whole.tokens)
+        if saved is None:
+            return None
+        tokens, data = saved
+        return Encoded(whole.text if len(tokens) == len(whole.tokens) else "", tokens), data
 
-    def remember(self, held: Encoded, data: bytes) -> None:
-        """Put back what `memory` returned, for the same messages and model.
+    def restore_cache(self, cached: Encoded, data: bytes) -> None:
+        """Put back what `save_cache` returned, for the same messages and model.
 
         Raises:
             EngineError: it does not fit this model or context.
         """
-        self.amulet.engine.restore(held.tokens, data)
-        expected = self._encoded()
-        if expected and expected.text == held.text:
-            self._known = held
-
-    def _request(self, text: str) -> Request:
-        return self.amulet.planner.request(
-            None,
-            self._with(text),
-            self.settings,
-            reuse=True,
-            is_adjustable=True,
-            known=self._known,
-            n_alternatives=N_ALTERNATIVES,
-        )
+        self.amulet.engine.restore(cached.tokens, data)
+        transcripts = self.amulet.planner.transcripts
+        if self.messages and transcripts.whole(self._base()).text == cached.text:
+            transcripts.learn(self._base(), cached)
 
     def _with(self, text: str) -> list[dict[str, str]]:
         return [*self.messages, {"role": "user", "content": text}]
 
-    def _prompt(self, messages: list[dict[str, str]]) -> Encoded:
-        """Return the base branch's prompt."""
-        placement = self.settings.placement if self.settings.prefer else "turn"
-        checked = conversation(None, messages, self.settings.system)
-        template = self.amulet.planner.template
-        return template.encode(with_preference(checked, None, placement), self._known)
+    def _base(self) -> list[dict[str, str]]:
+        """Return the messages of the base branch, up to the last answer."""
+        *before, last = self.messages
+        return [*self.amulet.planner.base(None, before, self.settings), last]
 
-    def _encoded(self) -> Encoded | None:
-        """Return the conversation up to the end of its last answer."""
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            return None
-        prompt = self._prompt(self.messages[:-1])
-        if self._known and self._known.text == prompt.text + self.messages[-1]["content"]:
-            return self._known
-        template = self.amulet.planner.template
-        answer = self.messages[-1]["content"]
-        tokens = self.amulet.model.tokenize(answer)
-        return template.answered(prompt, answer, tokens.tolist())
 
-    def _add(self, text: str, pieces: list[Piece]) -> None:
-        """Add a turn. One without an answer is left out: the user can ask again."""
-        answer = "".join(piece.text for piece in pieces)
-        if not answer:
-            return
-        self.pieces = pieces
-        messages = self._with(text)
-        prompt = self._prompt(messages)
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        tokens = [piece.token for piece in pieces if piece.token is not None]
-        written = b"".join(map(self.amulet.model.token_bytes, tokens))
-        # A stop string cuts the text in the middle of what the tokens say.
-        if written.decode("utf-8", "replace") == answer:
-            self._known = self.amulet.planner.template.answered(prompt, answer, tokens)
+def _request(planner: Planner, messages: list[dict[str, str]], settings: Settings) -> Request:
+    return planner.request(
+        None, messages, settings, reuse=True, is_adjustable=True, n_alternatives=N_ALTERNATIVES
+    )

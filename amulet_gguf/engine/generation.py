@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 
-from amulet_gguf.engine.answer import Answer, FinishReason, Piece, Timings, Usage
+from amulet_gguf.engine.answer import FinishReason, Piece, Timings, Usage
 from amulet_gguf.engine.text import TextAssembler
 from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.explanation import Explanation, explain
@@ -59,6 +59,7 @@ class Request:
         reuse: begin from what sequences hold of the prompts already, and leave there what this one
             read and wrote. The answer can differ in near ties: sums are in another order.
         n_alternatives: explain each token with so many of each distribution's best; 0: do not.
+        on_end: called with the tokens of the answer at its end, unless a stop string cut it short.
     """
 
     branches: Sequence[Tokens]
@@ -68,6 +69,7 @@ class Request:
     stop: Sequence[str] = ()
     reuse: bool = False
     n_alternatives: int = 0
+    on_end: Callable[[Sequence[int]], None] | None = None
 
 
 class Generation:
@@ -237,6 +239,8 @@ class Generation:
             self.pieces.append(Piece(text, token, changed, reason, explanation))
             self.finish_reason = reason
             self.finished_at = time.perf_counter()
+            if self.request.on_end is not None and self._written and not self._text.stopped:
+                self.request.on_end(self._written)
 
     def fail(self, error: BaseException) -> None:
         """End with an error, which is raised after the pieces produced so far."""
@@ -257,12 +261,6 @@ class Generation:
         decode = (self.finished_at or first) - first
         rate = (self.n_tokens - 1) / decode if decode > 0 and self.n_tokens > 1 else 0.0
         return Timings(started - self.submitted_at, first - started, decode, rate)
-
-    def answer(self, pieces: Sequence[Piece]) -> Answer:
-        """Return the answer that all of its pieces make."""
-        reason = pieces[-1].finish_reason if pieces else None
-        text = "".join(piece.text for piece in pieces)
-        return Answer(text, reason or "cancelled", self.usage, self.timings, pieces)
 
 
 def _shared_prefix(branches: Sequence[Tokens]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 from amulet_gguf.engine.generation import Request
@@ -10,8 +10,9 @@ from amulet_gguf.llama.model import Model
 from amulet_gguf.method.echo import echo_tokens
 from amulet_gguf.method.mixture import Mixture, Realignment, coefficients, realign
 from amulet_gguf.method.sampling import Sampler
-from amulet_gguf.prompts.template import ChatTemplate, Encoded, Message, conversation, with_preference
-from amulet_gguf.settings import Settings
+from amulet_gguf.prompts.template import ChatTemplate, Message, conversation, with_preference
+from amulet_gguf.prompts.transcripts import Transcripts
+from amulet_gguf.settings import Placement, Settings
 
 
 class Planner:
@@ -24,6 +25,7 @@ class Planner:
             PromptError: the template is not valid.
         """
         self.template = ChatTemplate(model)
+        self.transcripts = Transcripts(self.template, model.token_bytes)
         self._model = model
         # A slider asks again at every move.
         self._echo_tokens = lru_cache(maxsize=64)(partial(echo_tokens, model))
@@ -37,7 +39,6 @@ class Planner:
         text: str | None = None,
         reuse: bool = False,
         is_adjustable: bool = False,
-        known: Encoded | None = None,
         n_alternatives: int = 0,
     ) -> Request:
         """Return the request for a prompt, a conversation, or a text to go on with.
@@ -45,24 +46,28 @@ class Planner:
         Args:
             text: instead of the other two, what the model is to go on with, without a chat template; a
                 preference stands before it, and the system prompt is left out.
-            reuse, n_alternatives: see `Request`.
+            reuse, n_alternatives: see `Request`. With the first, the conversation begins with the tokens
+                that the model wrote, where it wrote them.
             is_adjustable: keep all branches whatever the strength: `mixture` gives others later.
-            known: see `ChatTemplate.encode`.
 
         Raises:
             PromptError: not exactly one is given, or it cannot be made into a prompt.
         """
         needed = _realignment(settings, is_adjustable)
+        on_end: Callable[[Sequence[int]], None] | None = None
         texts = [None, *(preference.text for preference in settings.prefer)]
         if text is not None and prompt is None and messages is None:
             branches = [self.template.encode_text(text, texts[branch]) for branch in needed.branches]
         else:
-            placement = settings.placement if settings.prefer else "turn"
-            checked = conversation(prompt, messages, settings.system)
+            base = self.base(prompt, messages, settings)
+            known = self.transcripts.known(base) if reuse else None
+            placement = _placement(settings)
             branches = [
-                self.template.encode(with_preference(checked, texts[branch], placement), known).tokens
+                self.template.encode(with_preference(base, texts[branch], placement), known).tokens
                 for branch in needed.branches
             ]
+            if reuse:
+                on_end = partial(self.transcripts.note, base)
         return Request(
             branches=branches,
             mixture=self._mixture(settings, needed),
@@ -71,7 +76,15 @@ class Planner:
             stop=settings.stop,
             reuse=reuse,
             n_alternatives=n_alternatives,
+            on_end=on_end,
         )
+
+    def base(
+        self, prompt: str | None, messages: Sequence[Message] | None, settings: Settings
+    ) -> list[dict[str, str]]:
+        """Return the messages of the base branch; errors as `request`."""
+        checked = conversation(prompt, messages, settings.system)
+        return with_preference(checked, None, _placement(settings))
 
     def mixture(self, settings: Settings) -> Mixture:
         """Return the mixture of all branches, for an adjustable generation of these preferences."""
@@ -92,6 +105,10 @@ class Planner:
             anchor=[anchor[branch] for branch in needed.branches],
             withheld=withheld,
         )
+
+
+def _placement(settings: Settings) -> Placement:
+    return settings.placement if settings.prefer else "turn"
 
 
 def _realignment(settings: Settings, keep_branches: bool) -> Realignment:

@@ -201,9 +201,15 @@ class ChatTemplate:
             tokens = np.concatenate([np.array([bos], np.int32), tokens])
         return tokens
 
-    def answered(self, prompt: Encoded, answer: str, tokens: Sequence[int]) -> Encoded:
-        """Return a prompt with an answer to it, as the next prompt of the conversation may begin."""
+    def answered(self, prompt: Encoded, answer: str, tokens: Sequence[int] | None = None) -> Encoded:
+        """Return a prompt with an answer to it, as the next prompt of the conversation may begin.
+
+        Args:
+            tokens: of the answer; None: as the tokenizer has them.
+        """
         text = self._defuse({"role": "assistant", "content": answer})["content"]
+        if tokens is None:
+            tokens = self._vocabulary.tokenize(answer).tolist()
         return Encoded(prompt.text + text, np.concatenate([prompt.tokens, np.array(tokens, np.int32)]))
 
     def _tokenize(self, text: str) -> Tokens:

@@ -23,8 +23,9 @@ from amulet_gguf.engine.generation import Request
 from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Message
-from amulet_gguf.service.stream import Job, ServiceStream, cancel, remix
+from amulet_gguf.service.stream import ServiceJob, ServiceStream
 from amulet_gguf.settings import LoadOptions, Options, Settings
+from amulet_gguf.stream import Action, AnswerStream, OnPrefill, Plan
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -64,12 +65,12 @@ class AmuletService:
         self._amulet: Amulet | None = None
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
-        self._jobs: set[Job] = set()  # not finished, or not yet known to be
-        self._running: list[Job] = []  # of the engine; only its thread looks at it
+        self._jobs: set[ServiceJob] = set()  # not finished, or not yet known to be
+        self._running: list[ServiceJob] = []  # of the engine; only its thread looks at it
         self._is_closing = False
         self._is_ready = threading.Event()  # loaded, or never will be
         # The only queues whose `put` is safe in `__del__`, which may run in the middle of anything.
-        self._unplanned: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._unplanned: queue.SimpleQueue[ServiceJob | None] = queue.SimpleQueue()
         self._commands: queue.SimpleQueue[Callable[[Amulet], None]] = queue.SimpleQueue()
         self._planner = threading.Thread(target=self._plan, name="amulet-planner", daemon=True)
         self._engine = threading.Thread(
@@ -140,7 +141,7 @@ class AmuletService:
         settings: Settings | None = None,
         is_adjustable: bool = True,
         n_alternatives: int = 0,
-        on_prefill: Callable[[int, int], None] | None = None,
+        on_prefill: OnPrefill | None = None,
         **options: Unpack[Options],
     ) -> ServiceStream:
         """Ask for an answer, and return at once, even while the model is being loaded.
@@ -173,7 +174,25 @@ class AmuletService:
                 n_alternatives=n_alternatives,
             )
 
-        job = Job(plan, settings, is_adjustable, on_prefill)
+        return self.start(plan, settings, is_adjustable=is_adjustable, on_prefill=on_prefill)
+
+    def start(
+        self,
+        plan: Plan,
+        settings: Settings,
+        *,
+        is_adjustable: bool,
+        on_prefill: OnPrefill | None = None,
+        on_end: Callable[[AnswerStream], None] | None = None,
+    ) -> ServiceStream:
+        """Ask for an answer that needs more than `stream` says; errors as there.
+
+        Args:
+            plan: makes the request, on the planner's thread.
+            is_adjustable, on_prefill: see `stream`.
+            on_end: see `amulet_gguf.stream.AnswerStream`; called by who takes the pieces.
+        """
+        job = ServiceJob(plan, settings, is_adjustable, on_prefill)
         with self._lock:
             if self._is_closing:
                 raise self._closed()
@@ -181,7 +200,11 @@ class AmuletService:
                 raise QueueFullError(self._max_waiting)
             self._jobs.add(job)
         self._unplanned.put(job)
-        return ServiceStream(job, self._commands.put)
+        return ServiceStream(job, self._do, on_end)
+
+    def _do(self, action: Action) -> None:
+        """Do something on the engine's thread, between two steps."""
+        self._commands.put(lambda amulet: action(amulet.engine, amulet.planner))
 
     def _closed(self) -> ClosedError:
         why = f": {self._failure}" if self._failure is not None else ""
@@ -249,7 +272,7 @@ class AmuletService:
             while True:
                 self._commands.get_nowait()(amulet)
 
-    def _submit(self, job: Job, request: Request, planned: Settings, amulet: Amulet) -> None:
+    def _submit(self, job: ServiceJob, request: Request, planned: Settings, amulet: Amulet) -> None:
         if job.is_cancelled:
             self._forget(job)
             return
@@ -261,15 +284,15 @@ class AmuletService:
         self._running.append(job)
         job.begin(generation)
         if job.settings is not planned:
-            remix(job, amulet)
+            job.remix(amulet.engine, amulet.planner)
         if job.is_cancelled:  # since the question above
-            cancel(job, amulet)
+            job.cancel(amulet.engine, amulet.planner)
 
-    def _refuse(self, job: Job, error: BaseException, _amulet: Amulet) -> None:
+    def _refuse(self, job: ServiceJob, error: BaseException, _amulet: Amulet) -> None:
         job.fail(error)
         self._forget(job)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: ServiceJob) -> None:
         with self._lock:
             self._jobs.discard(job)
 
@@ -285,15 +308,14 @@ class AmuletService:
             self._tell(job, amulet)
         self._running = [job for job in self._running if not job.is_finished]
 
-    def _tell(self, job: Job, amulet: Amulet) -> None:
+    def _tell(self, job: ServiceJob, amulet: Amulet) -> None:
         generation = job.generation
         assert generation is not None
-        if job.on_prefill is not None and generation.n_tokens == 0:
-            try:
-                job.on_prefill(generation.n_read, generation.n_prefill)
-            except Exception as error:
-                generation.fail(error)
-                amulet.engine.cancel(generation)
+        try:
+            job.tell_prefill()
+        except Exception as error:
+            generation.fail(error)
+            amulet.engine.cancel(generation)
         if generation.is_finished:
             self._forget(job)
         if job.has_more:

@@ -157,7 +157,7 @@ def test_a_conversation_at_a_terminal(start: Start) -> None:
     terminal.say("/regen")
     terminal.until(lambda text: text.count("stopped at 12 tokens") >= 2)
     terminal.ready()
-    terminal.say("/save rainy memory")
+    terminal.say("/save rainy cache")
     terminal.until(r"rainy\.kv")
     terminal.ready()
     terminal.say("/help")
@@ -320,10 +320,10 @@ def test_an_answer_that_cannot_be_written_again_is_kept() -> None:
     assert "1 turns" in done.stderr
 
 
-def test_a_damaged_memory_is_read_again(home: Path) -> None:
+def test_a_damaged_cache_is_not_used(home: Path) -> None:
     pipe("My name is Ann.\n/save ann memory\n", "-n", "4")
     path = home / "sessions" / "ann.kv"
-    assert "memory of" in pipe("Hi\n", "--resume", "ann", "-n", "2").stderr
+    assert "cache of" in pipe("Hi\n", "--resume", "ann", "-n", "2").stderr
     blob = bytearray(path.read_bytes())
     blob[len(blob) // 2] ^= 1
     path.write_bytes(blob)

@@ -117,34 +117,34 @@ def test_damage_is_one_line_with_the_file(home: Path, text: str) -> None:
 HELD = Encoded("some text", np.arange(7, dtype=np.int32))
 
 
-def test_a_memory_comes_back(model: Path) -> None:
+def test_a_cache_comes_back(model: Path) -> None:
     sessions.save("one", Session(TURNS))
-    sessions.save_memory("one", model, HELD, b"data" * 99)
-    found = sessions.load_memory("one", model)
+    sessions.save_cache("one", model, HELD, b"data" * 99)
+    found = sessions.load_cache("one", model)
     assert found is not None
     assert found[0].text == HELD.text
     assert found[0].tokens.tolist() == HELD.tokens.tolist()
     assert found[1] == b"data" * 99
-    assert sessions.load_memory("two", model) is None
+    assert sessions.load_cache("two", model) is None
 
 
-def test_a_memory_is_of_one_model_and_one_llama_cpp(
+def test_a_cache_is_of_one_model_and_one_llama_cpp(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions.save("one", Session(TURNS))
-    sessions.save_memory("one", model, HELD, b"data")
+    sessions.save_cache("one", model, HELD, b"data")
     other = tmp_path / "other.gguf"
     other.write_bytes(b"GGUF" + bytes(2001))
     with pytest.raises(SessionError, match="another model"):
-        sessions.load_memory("one", other)
+        sessions.load_cache("one", other)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "9.9")
     with pytest.raises(SessionError, match=r"another model or llama\.cpp"):
-        sessions.load_memory("one", model)
+        sessions.load_cache("one", model)
 
 
 @settings(deadline=None)
 @given(st.data())
-def test_any_flipped_bit_or_cut_of_a_memory_is_found(
+def test_any_flipped_bit_or_cut_of_a_cache_is_found(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -153,7 +153,7 @@ def test_any_flipped_bit_or_cut_of_a_memory_is_found(
         model = folder / "m.gguf"
         model.write_bytes(b"GGUF" + bytes(200))
         path = sessions.save("one", Session(TURNS)).with_suffix(".kv")
-        sessions.save_memory("one", model, HELD, b"data" * 9)
+        sessions.save_cache("one", model, HELD, b"data" * 9)
         blob = bytearray(path.read_bytes())
         place = data.draw(st.integers(0, len(blob) - 1))
         if data.draw(st.booleans()):
@@ -162,4 +162,4 @@ def test_any_flipped_bit_or_cut_of_a_memory_is_found(
             del blob[place:]
         path.write_bytes(blob)
         with pytest.raises(SessionError):
-            sessions.load_memory("one", model)
+            sessions.load_cache("one", model)

@@ -22,6 +22,7 @@ from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.explanation import explain, kl, largest
 from amulet_gguf.prompts.template import ChatTemplate, Encoded
 from amulet_gguf.settings import Settings
+from amulet_gguf.stream import Stream
 
 # Explanations of single tokens
 
@@ -79,12 +80,12 @@ def amulet(real_model: Path) -> Iterator[Amulet]:
 LONG = "The people of the old house by the sea were learning to read and to write. " * 12
 
 
-def ask(conversation: Conversation, text: str, **options: object) -> tuple[str, int]:
+def ask(conversation: Conversation[Stream], text: str, **options: object) -> tuple[str, int]:
     """Return an answer and how many tokens were read for it."""
     turn = conversation.ask(text, max_tokens=8, **options)  # type: ignore[arg-type]
     for _ in turn:
         pass
-    return turn.answer, turn.stream.usage.prefill_tokens
+    return turn.text, turn.usage.prefill_tokens
 
 
 @pytest.mark.model
@@ -105,7 +106,7 @@ def test_answers_are_those_of_a_conversation_read_at_once(amulet: Amulet) -> Non
     conversation = Conversation(amulet, Settings(prefer="concise", max_tokens=8))  # type: ignore[arg-type]
     for text in ("What is rain?", "And snow?"):
         ask(conversation, text)
-    known = conversation._known
+    known = amulet.planner.transcripts.known(conversation.messages)
     assert known is not None
     messages = [*conversation.messages, {"role": "user", "content": "And hail?"}]
     encoded = amulet.planner.template.encode(messages)
@@ -165,7 +166,7 @@ def test_a_cancelled_answer_is_kept_and_an_empty_one_is_not(amulet: Amulet) -> N
     turn.cancel()
     rest = list(turn)
     assert rest[-1].finish_reason == "cancelled"
-    assert conversation.messages[-1]["content"] == turn.answer != ""
+    assert conversation.messages[-1]["content"] == turn.text != ""
     conversation.ask("And?").close()
     assert len(conversation.messages) == 2
     _, read = ask(conversation, "And?")
@@ -193,15 +194,15 @@ def test_a_full_context_is_an_error_until_turns_are_dropped(amulet: Amulet) -> N
 
 
 @pytest.mark.model
-def test_a_memory_saves_reading_in_another_process(amulet: Amulet, real_model: Path) -> None:
+def test_a_saved_cache_saves_reading_in_another_process(amulet: Amulet, real_model: Path) -> None:
     conversation = Conversation(amulet, Settings(prefer="concise"))  # type: ignore[arg-type]
     ask(conversation, LONG)
-    memory = conversation.memory()
-    assert memory is not None
+    saved = conversation.save_cache()
+    assert saved is not None
     for n_sequences in (2, 4):
         with Amulet.load(real_model, n_ctx=512, n_sequences=n_sequences) as other:
             resumed = Conversation(other, conversation.settings, conversation.messages)
-            resumed.remember(*memory)
+            resumed.restore_cache(*saved)
             answer, read = ask(resumed, "And then?")
             assert read < 80
             assert answer

@@ -1,0 +1,213 @@
+"""A conversation at a terminal: what is said, saved and shown."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from amulet_gguf.conversation import sessions
+from amulet_gguf.errors import AmuletError, PromptTooLongError, SettingError
+from amulet_gguf.settings import describe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from amulet_gguf.conversation.turns import Conversation
+    from amulet_gguf.stream import Stream
+
+#: What one press of Ctrl-Up or Ctrl-Down changes.
+STRENGTH_STEP: Final = 0.5
+
+
+class Chat:
+    """A conversation at a terminal, or over a pipe.
+
+    Attributes:
+        conversation: what is said.
+        name: of its session.
+        n_tokens: that the conversation took with the last answer.
+        typed: text for the next line: what was typed while the last answer was written.
+        ask: puts a question to the user; None where there is nobody.
+    """
+
+    def __init__(self, conversation: Conversation[Stream], console: Console) -> None:
+        self.conversation = conversation
+        self.name = sessions.new_name()
+        self.n_tokens = 0
+        self.typed = ""
+        self.ask: Callable[[str], str] | None = None
+        self._console = console
+
+    def tell(self, text: str) -> None:
+        """Say something that is not the model's, on stderr."""
+        from amulet_gguf.cli.terminal import printable
+
+        click.secho(printable(text), err=True, dim=True)
+
+    def answer(self, text: str) -> bool:
+        """Answer a message; return whether anything was written."""
+        from amulet_gguf.cli.view import AnswerView, listening
+
+        if not self._make_room(text):
+            return False
+        settings = self.conversation.settings
+        with listening() as keys, AnswerView(self._console) as view:
+            turn: Stream | None = None
+
+            def on_prefill(done: int, total: int) -> None:
+                keys.poll()
+                if total > done > 200:
+                    view.status = f"reading {done:,} of {total:,} tokens"
+                    view.draw()
+                if keys.stop and turn is not None:
+                    turn.cancel()
+
+            turn = self.conversation.ask(text, on_prefill=on_prefill)
+            view.status = ""
+            try:
+                for piece in turn:
+                    view.write(piece.text)
+                    self._act(keys.poll(), turn)
+                    if settings.prefer:
+                        view.status = f"{describe(turn.settings)}   Ctrl-↑ Ctrl-↓   Ctrl-C stops"
+                    if keys.stop:
+                        turn.cancel()
+            finally:
+                turn.close()
+            self.typed = keys.typed
+        self._report(turn, settings.strength)
+        usage = turn.usage
+        self.n_tokens = usage.prompt_tokens + usage.completion_tokens
+        self.autosave()
+        return bool(turn.text)
+
+    def _act(self, keys: list[str], turn: Stream) -> None:
+        step = STRENGTH_STEP * (keys.count("c-up") - keys.count("c-down"))
+        if step and turn.settings.prefer:
+            with contextlib.suppress(SettingError):  # at the end of the range
+                turn.adjust(round(turn.settings.strength + step, 6))
+
+    def _report(self, turn: Stream, strength: float) -> None:
+        reason = turn.pieces[-1].finish_reason if turn.pieces else "cancelled"
+        usage = turn.usage
+        if reason == "cancelled":
+            self.tell("[stopped]" if turn.text else "[stopped before the first word; not kept]")
+        elif reason == "length" and usage.completion_tokens >= turn.settings.max_tokens:
+            self.tell(f"[stopped at {usage.completion_tokens} tokens: /set max_tokens N allows more]")
+        elif reason == "length":
+            self.tell("[stopped: the context is full. /drop forgets the oldest turn, /clear all]")
+        if turn.settings.strength != strength:
+            self.tell(f"[strength {turn.settings.strength:g}]")
+
+    def _make_room(self, text: str) -> bool:
+        """Ask what to forget where the context is too full for an answer; nothing goes by itself."""
+        conversation = self.conversation
+        n_ctx = conversation.amulet.engine.n_ctx
+        needed = min(conversation.settings.max_tokens, max(64, n_ctx // 8))
+        room = conversation.room(text)
+        if room >= needed:
+            return True
+        turns = len(conversation.messages) // 2
+        kept = list(conversation.messages)
+        for n in range(1, turns + 1):
+            conversation.messages[:] = kept
+            conversation.drop_oldest(n)
+            if conversation.room(text) >= needed:
+                break
+        else:
+            conversation.messages[:] = kept
+            if room > 0:
+                return True  # it is the message itself that is long
+            raise PromptTooLongError(n_ctx - room, n_ctx)
+        conversation.messages[:] = kept
+        about = f"the context of {n_ctx:,} tokens is full: {max(0, room):,} are left for an answer"
+        if self.ask is None:
+            raise SettingError(f"{about}. /drop {n} forgets the oldest turns; or use a larger --n-ctx")
+        self.tell(f"{about}.")
+        reply = self.ask(f"Forget the oldest {n} of {turns} turns? [y/N] ")
+        if reply.strip().lower() not in ("y", "yes"):
+            self.tell("nothing was forgotten. /drop N, /clear, or amulet chat --resume --n-ctx N")
+            self.typed = text  # to be sent again
+            return False
+        self.forget(n)
+        return True
+
+    def forget(self, turns: int) -> None:
+        """Go on without the oldest turns, as another session: the one before stays whole."""
+        self.save()  # if it cannot be, nothing is forgotten
+        self.name = sessions.new_name()
+        self.conversation.drop_oldest(turns)
+
+    def compare(self, text: str) -> None:
+        """Answer a message, or the last one again, in four ways; the conversation stays as it is."""
+        from amulet_gguf.cli.compare import columns
+        from amulet_gguf.methods import four
+
+        settings = self.conversation.settings
+        if not settings.prefer:
+            raise SettingError("name something to compare with /prefer")
+        messages = list(self.conversation.messages)
+        if not text:
+            if not messages:
+                raise SettingError("there is no message to compare answers to: /compare TEXT")
+            messages = messages[:-2]
+            text = self.conversation.messages[-2]["content"]
+        asked = [*messages, {"role": "user", "content": text}]
+        compared = four(settings)
+        answers = self.conversation.amulet.compare(None, compared, messages=asked)
+        pieces = {name: answer.pieces for name, answer in answers.items()}
+        self._console.print(columns(self._console, compared, pieces))
+
+    def why(self) -> None:
+        """Show what the preferences changed in the last answer."""
+        from amulet_gguf.cli.explain import show
+
+        if not self.conversation.pieces:
+            raise SettingError("there is no answer to explain yet")
+        show(self._console, self.conversation.pieces)
+
+    def save(self) -> Any:
+        """Save the conversation under its name."""
+        conversation = self.conversation
+        model = str(conversation.amulet.model.path)
+        return sessions.save(
+            self.name, sessions.Session(conversation.messages, conversation.settings, model)
+        )
+
+    def autosave(self) -> None:
+        """Save what was said; a full disk must not end the conversation."""
+        if not self.conversation.messages:
+            return
+        try:
+            self.save()
+        except AmuletError as error:
+            self.tell(f"[not saved: {error}]")
+
+    def resume(self, name: str, **typed: Any) -> None:
+        """Go on with a session, with its cache if that was saved.
+
+        Args:
+            **typed: settings that go before those of the session.
+        """
+        session = sessions.load(name)
+        conversation = self.conversation
+        conversation.clear()
+        conversation.messages.extend(session.messages)
+        conversation.settings = dataclasses.replace(session.settings, **typed)
+        self.name = name
+        begin = time.perf_counter()
+        try:
+            cached = sessions.load_cache(name, conversation.amulet.model.path)
+            if cached is not None:
+                conversation.restore_cache(*cached)
+                self.tell(
+                    f"[cache of {len(cached[0].tokens):,} tokens, {time.perf_counter() - begin:.1f} s]"
+                )
+        except AmuletError as error:
+            self.tell(f"[{error}; the conversation will be read again]")
+        self.tell(f"{name}: {len(session.messages) // 2} turns")
