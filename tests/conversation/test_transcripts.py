@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from fixture_types import Load, Tiny
-from serving import is_free, until
 
 from amulet_gguf.conversation.turns import Conversation
 from amulet_gguf.llama.model import Model
@@ -119,11 +118,7 @@ def test_a_conversation_works_on_a_service(service: AmuletService, tiny: Tiny) -
     assert conversation.messages == turns("How are you?", first.text)
     assert conversation.settings.strength == 2
     assert conversation.pieces[0].explanation is not None
-    with conversation.ask("And?") as stream:
-        next(stream)
-    assert len(conversation.messages) in (2, 4)  # a first piece may have no text
     assert conversation.room("And?") > 0
-    until(lambda: is_free(service))  # what was cancelled ends between two steps
     saved = conversation.save_cache()
     assert saved is not None
     cached, data = saved
@@ -132,6 +127,9 @@ def test_a_conversation_works_on_a_service(service: AmuletService, tiny: Tiny) -
         resumed = Conversation(other, conversation.settings, conversation.messages)
         resumed.restore_cache(cached, data)
         assert resumed.ask("And?").answer().usage.prefill_tokens < 40
+    with conversation.ask("And?") as stream:
+        next(stream)
+    assert conversation.messages[2:] == (turns("And?", stream.text) if stream.text else [])
 
 
 def test_tasks_converse_too(service: AmuletService) -> None:
