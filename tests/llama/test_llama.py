@@ -39,6 +39,11 @@ def test_text_survives_tokenization(any_model: Model, text: str) -> None:
     assert b"".join(any_model.token_bytes(int(token)) for token in ids).decode() == text
 
 
+def test_the_runtime_leaves_no_file_open_at_exit() -> None:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", "import amulet_gguf.llama.model"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
+
+
 @pytest.mark.model
 def test_no_token_of_the_bundled_model_is_cut(real_model: Path) -> None:
     with Model(real_model) as model:
