@@ -16,8 +16,9 @@ from literal import ftrl, log_softmax
 
 import amulet_gguf
 from amulet_gguf import Amulet, PromptError, PromptTooLongError, SettingError, Settings
-from amulet_gguf.engine import generation
 from amulet_gguf.llama.context import Context
+from amulet_gguf.method import mixture
+from amulet_gguf.method.realign import combine_unchecked
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.prompts.template import ChatTemplate, conversation, with_preference
 
@@ -34,13 +35,13 @@ def amulet(real_model: Path) -> Iterator[Amulet]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float32]]:
     """The logits of the branches at each step of what the test generates."""
     logits_of_steps: list[npt.NDArray[np.float32]] = []
-    combine = generation.combine_unchecked
 
     def spy(logits: npt.NDArray[np.float32], *rest: Any) -> int:
         logits_of_steps.append(logits.copy())
-        return combine(logits, *rest)
+        prompted: int = combine_unchecked(logits, *rest)
+        return prompted
 
-    monkeypatch.setattr(generation, "combine_unchecked", spy)
+    monkeypatch.setattr(mixture, "combine_unchecked", spy)
     return logits_of_steps
 
 

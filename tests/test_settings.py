@@ -106,7 +106,7 @@ def test_unusable_stop_strings_are_refused(bad: Any) -> None:
 @pytest.mark.parametrize("bad", ["", "Turn", "user", 0, None, ["turn"]])
 def test_unknown_placements_are_refused(bad: Any) -> None:
     for good in ("turn", "system"):
-        assert Settings(placement=good).placement == good  # type: ignore[arg-type]
+        assert Settings(placement=good).placement == good
     with pytest.raises(SettingError, match='placement must be "turn" or "system", got'):
         Settings(placement=bad)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,7 @@ def test_a_new_key_comes_before_the_tables(file: Path) -> None:
 
 def test_an_edit_that_would_be_a_mistake_changes_nothing(file: Path) -> None:
     file.write_text(GOOD)
+    call: Callable[[], object]
     for call in (
         lambda: config.set_profile("x", {"strength": "no"}),
         lambda: config.set_profile("a b", {}),
@@ -153,7 +155,7 @@ def test_edits_of_two_processes_are_both_kept(file: Path) -> None:
 def settings_of(*arguments: str, **more: object) -> dict[str, object]:
     from unittest import mock
 
-    from amulet_gguf.cli import generate
+    from amulet_gguf.cli.generate import generate
 
     with mock.patch.object(sys.modules["amulet_gguf.cli.generate"], "read_prompt") as stop:
         seen: dict[str, object] = {}

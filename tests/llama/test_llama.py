@@ -27,9 +27,10 @@ from amulet_gguf.errors import (
 from amulet_gguf.llama import model as llama
 from amulet_gguf.llama.context import Context, default_threads
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.arrays import Tokens
 
 
-def tokens(*ids: int) -> llama.Tokens:
+def tokens(*ids: int) -> Tokens:
     return np.array(ids, np.int32)
 
 
