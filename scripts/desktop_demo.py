@@ -96,14 +96,14 @@ class Window(QtWidgets.QMainWindow):
         self.written.connect(self.on_written)
         self.ended.connect(self.on_ended)
         self.statusBar().showMessage("Loading the model…")
-        self.service = AmuletService(model, on_load=self.loaded.emit, **options)
+        self.service = AmuletService(model, on_load=self.loaded.emit, **options)  # type: ignore[arg-type]
 
     def rewrite(self) -> None:
         """Ask for a rewrite, in place of the one under way if there is one."""
         self.stop()
         self.result.clear()
         text = self.source.toPlainText().strip()
-        read = []  # the stream, once there is one
+        read: list[ServiceStream] = []  # the stream, once there is one
 
         def on_prefill(done: int, total: int) -> None:
             if read:

@@ -18,6 +18,7 @@ import amulet_gguf
 from amulet_gguf import Amulet, PromptError, PromptTooLongError, SettingError, Settings
 from amulet_gguf.llama.context import Context
 from amulet_gguf.method import mixture
+from amulet_gguf.method.realign import combine_unchecked
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.prompts.template import ChatTemplate, conversation, with_preference
 
@@ -34,11 +35,11 @@ def amulet(real_model: Path) -> Iterator[Amulet]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float32]]:
     """The logits of the branches at each step of what the test generates."""
     logits_of_steps: list[npt.NDArray[np.float32]] = []
-    combine = mixture.combine_unchecked
 
     def spy(logits: npt.NDArray[np.float32], *rest: Any) -> int:
         logits_of_steps.append(logits.copy())
-        return combine(logits, *rest)
+        prompted: int = combine_unchecked(logits, *rest)
+        return prompted
 
     monkeypatch.setattr(mixture, "combine_unchecked", spy)
     return logits_of_steps
@@ -230,8 +231,8 @@ def test_threads_share_the_steps_and_get_their_own_answers(amulet: Amulet) -> No
 def test_methods_are_compared_in_one_context(amulet: Amulet) -> None:
     methods = {
         "base": Settings(max_tokens=12),
-        "prompting": Settings(prefer=("creative",), strength=1, max_tokens=12),  # type: ignore[arg-type]
-        "amulet": Settings(prefer=("creative",), max_tokens=12),  # type: ignore[arg-type]
+        "prompting": Settings(prefer=("creative",), strength=1, max_tokens=12),
+        "amulet": Settings(prefer=("creative",), max_tokens=12),
     }
     order: list[str] = []
     answers = amulet.compare(PROMPT, methods, lambda name, piece: order.append(name))

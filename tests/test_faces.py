@@ -48,7 +48,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
 
 
 def expected(name: str) -> Settings:
-    return Settings(**{name: SAMPLES[name][0]})  # type: ignore[misc]
+    return Settings(**{name: SAMPLES[name][0]})
 
 
 def typed(name: str) -> list[str]:
@@ -197,5 +197,5 @@ def test_errors_name_their_field(name: str) -> None:
     from amulet_gguf.errors import SettingError
 
     with pytest.raises(SettingError) as error:
-        Settings(**{name: "?"})  # type: ignore[misc]
+        Settings(**{name: "?"})  # type: ignore[arg-type]
     assert error.value.field == name

@@ -66,9 +66,13 @@ def test_a_conversation_is_sent_whole_with_its_system_prompt(options: dict[str, 
     first.text()
     second = conversation.prompt("And then?", **options)
     second.text()
+    assert first.input_tokens is not None
+    assert first.output_tokens is not None
+    assert second.input_tokens is not None
     assert second.input_tokens > first.input_tokens + first.output_tokens
     alone = llm_plugin.AmuletModel().prompt("And then?", **options)
     alone.text()
+    assert alone.input_tokens is not None
     assert second.input_tokens > alone.input_tokens
 
 

@@ -168,6 +168,7 @@ def test_accepted_forms() -> None:
         {"Be bold."},
     ):
         assert as_preferences(one) == (bold,)
+    two: Any
     for two in (
         ["Be bold.", "Be kind.:2"],
         ("Be bold.", "Be kind.:2"),

@@ -82,7 +82,7 @@ def test_none_is_refused_where_it_has_no_meaning(name: str) -> None:
 
 
 def test_none_where_it_has_a_meaning() -> None:
-    settings = Settings(prefer=None, system=None, seed=None)  # type: ignore[arg-type]
+    settings = Settings(prefer=None, system=None, seed=None)
     assert settings == Settings()
     assert settings.prefer == ()
 
@@ -91,10 +91,10 @@ def test_none_where_it_has_a_meaning() -> None:
 
 
 def test_stop_strings_are_one_or_several() -> None:
-    assert Settings(stop="END").stop == ("END",)  # type: ignore[arg-type]
-    assert Settings(stop=["a", "\n"]).stop == ("a", "\n")  # type: ignore[arg-type]
-    assert Settings(stop=(text for text in ("a", " "))).stop == ("a", " ")  # type: ignore[arg-type]
-    assert Settings(stop=[]).stop == ()  # type: ignore[arg-type]
+    assert Settings(stop="END").stop == ("END",)
+    assert Settings(stop=["a", "\n"]).stop == ("a", "\n")
+    assert Settings(stop=(text for text in ("a", " "))).stop == ("a", " ")
+    assert Settings(stop=[]).stop == ()
 
 
 @pytest.mark.parametrize("bad", ["", [""], ["a", ""], [None], [5], ["a", b"b"], b"END", 5, None])
@@ -106,7 +106,7 @@ def test_unusable_stop_strings_are_refused(bad: Any) -> None:
 @pytest.mark.parametrize("bad", ["", "Turn", "user", 0, None, ["turn"]])
 def test_unknown_placements_are_refused(bad: Any) -> None:
     for good in ("turn", "system"):
-        assert Settings(placement=good).placement == good  # type: ignore[arg-type]
+        assert Settings(placement=good).placement == good
     with pytest.raises(SettingError, match="placement must be one of turn, system, got"):
         Settings(placement=bad)
 
@@ -123,14 +123,14 @@ def test_system_is_a_text_or_none() -> None:
 
 def test_prefer_is_brought_into_one_form() -> None:
     expected = (Preference("concise"), Preference("Be bold.", 0.5))
-    assert Settings(prefer=["concise", "Be bold.:0.5"]).prefer == expected  # type: ignore[arg-type]
-    assert Settings(prefer=("concise", 2)).prefer == (Preference("concise", 2),)  # type: ignore[arg-type]
+    assert Settings(prefer=["concise", "Be bold.:0.5"]).prefer == expected
+    assert Settings(prefer=("concise", 2)).prefer == (Preference("concise", 2),)
     with pytest.raises(SettingError, match="did you mean 'concise'"):
-        Settings(prefer="consise")  # type: ignore[arg-type]
+        Settings(prefer="consise")
 
 
 def weighted(s: float, weights: list[float]) -> Settings:
-    return Settings(strength=s, prefer=[("Be bold.", w) for w in weights])  # type: ignore[arg-type]
+    return Settings(strength=s, prefer=[("Be bold.", w) for w in weights])
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,14 @@ def test_strength_times_weights_has_a_limit(
 
 @given(st.floats(0, 1000), st.floats(-1, 1))
 def test_one_weight_up_to_one_allows_every_strength(s: float, weight: float) -> None:
-    assert Settings(strength=s, prefer=("Be bold.", weight)).strength == s  # type: ignore[arg-type]
+    assert Settings(strength=s, prefer=("Be bold.", weight)).strength == s
 
 
 # --- the whole ---
 
 
 def test_settings_do_not_change_and_can_be_replaced() -> None:
-    settings = Settings(prefer="concise:0.5", stop="END", seed=1)  # type: ignore[arg-type]
+    settings = Settings(prefer="concise:0.5", stop="END", seed=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.strength = 2.0  # type: ignore[misc]
     assert settings.replace() == settings

@@ -8,10 +8,12 @@ until an assertion of llama.cpp's loader ends the process.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -40,6 +42,16 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 
 from llama_cpp import llama_cpp
+
+
+@atexit.register
+def _close_null_files() -> None:
+    # llama_cpp opens both when it is imported and leaves them open, of which `python -X dev` complains.
+    utils = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if (file := getattr(utils, name, None)) is not None:
+            file.close()
+
 
 lib = llama_cpp  # others take it from here, so that it never loads before the lines above
 

@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet_gguf.batch import journal as journal_module
 from amulet_gguf.batch.journal import Journal
 from amulet_gguf.errors import BatchError
 
@@ -327,8 +327,8 @@ def test_who_opens_while_another_closes_is_not_robbed_of_the_lock(path: Path) ->
         except BatchError:
             return
 
-    first._lock.release = release_and_open  # type: ignore[method-assign]
-    first.close()
+    with mock.patch.object(first._lock, "release", release_and_open):
+        first.close()
     if not second:
         second.append(Journal(path, KEYS))
     try:
@@ -504,7 +504,7 @@ def test_a_sort_that_fails_leaves_the_complete_file_and_a_journal_that_works(
 
     with Journal(path, KEYS) as journal:
         with monkeypatch.context() as patch:
-            patch.setattr(journal_module.os, call, fail)
+            patch.setattr(os, call, fail)
             if isinstance(error, OSError):
                 with pytest.raises(BatchError, match="complete and could not be sorted"):
                     journal.sort()

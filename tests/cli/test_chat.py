@@ -32,7 +32,7 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
         self.n_prompts = 1
-        self._child = pexpect.spawn(
+        self._child: pexpect.spawn[bytes] = pexpect.spawn(
             COMMAND[0], [*COMMAND[1:], *arguments], env=variables, dimensions=(40, 100), timeout=60
         )
 

@@ -103,7 +103,7 @@ def test_a_turn_reads_what_is_new_whatever_is_preferred(amulet: Amulet) -> None:
 
 @pytest.mark.model
 def test_answers_are_those_of_a_conversation_read_at_once(amulet: Amulet) -> None:
-    conversation = Conversation(amulet, Settings(prefer="concise", max_tokens=8))  # type: ignore[arg-type]
+    conversation = Conversation(amulet, Settings(prefer="concise", max_tokens=8))
     for text in ("What is rain?", "And snow?"):
         ask(conversation, text)
     known = amulet.planner.transcripts.known(conversation.messages)
@@ -195,7 +195,7 @@ def test_a_full_context_is_an_error_until_turns_are_dropped(amulet: Amulet) -> N
 
 @pytest.mark.model
 def test_a_saved_cache_saves_reading_in_another_process(amulet: Amulet, real_model: Path) -> None:
-    conversation = Conversation(amulet, Settings(prefer="concise"))  # type: ignore[arg-type]
+    conversation = Conversation(amulet, Settings(prefer="concise"))
     ask(conversation, LONG)
     saved = conversation.save_cache()
     assert saved is not None

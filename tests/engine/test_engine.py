@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ from amulet_gguf.errors import (
     PromptTooLongError,
 )
 from amulet_gguf.llama import context as context_module
-from amulet_gguf.llama import model as llama
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import Sampler
 
@@ -49,7 +50,7 @@ def share_short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation_module, "_MIN_SHARED", 3)
 
 
-def start(n_sequences: int = 2, **sizes: int) -> tuple[Engine, Contexts]:
+def start(n_sequences: int = 2, **sizes: Any) -> tuple[Engine, Contexts]:
     contexts = Contexts(**sizes)
     return Engine(FakeVocabulary(), contexts, n_sequences), contexts
 
@@ -631,14 +632,14 @@ def test_a_last_piece_from_another_thread_is_not_lost(max_tokens: int) -> None:
 # Real contexts
 
 
-def prompts_of(model: Model, *texts: str) -> list[llama.Tokens]:
+def prompts_of(model: Model, *texts: str) -> list[Tokens]:
     return [model.tokenize(text) for text in texts]
 
 
 STORY = "the people of the old house by the sea were learning to read and write in the night. " * 3
 
 
-def real_request(branches: Sequence[llama.Tokens], max_tokens: int = 24) -> Request:
+def real_request(branches: Sequence[Tokens], max_tokens: int = 24) -> Request:
     plain = request([[0]] * len(branches), strength=2.0, max_tokens=max_tokens)
     mixture = Mixture(plain.mixture.coefficients, plain.mixture.reference, 0.1)  # type: ignore[arg-type]
     return Request(branches, mixture, Sampler(), max_tokens=max_tokens)
@@ -718,6 +719,7 @@ def test_the_fake_refuses_what_the_real_context_refuses() -> None:
         with pytest.raises(AssertionError):
             context.add(sequence, np.full(n, 4, np.int32), output=True)
     context.add(1, one, output=True)
+    misuse: Callable[[], object]
     for misuse in (
         lambda: context.add(0, one, output=True),
         lambda: context.copy(1, 0),
@@ -816,11 +818,8 @@ FILES = [engine_module.__file__, generation_module.__file__]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "moment_of_interrupt" in metafunc.fixturenames:
-        generation_module._MIN_SHARED, before = 3, generation_module._MIN_SHARED
-        try:
+        with mock.patch.object(generation_module, "_MIN_SHARED", 3):
             when = moments(FILES, prepared()[-1])
-        finally:
-            generation_module._MIN_SHARED = before
         metafunc.parametrize("moment_of_interrupt", when)
 
 
@@ -878,8 +877,14 @@ def test_an_interrupt_at_any_line_of_the_context_leaves_the_engine_usable(
             engine.step()
 
     seen: list[int] = []
+
+    def note(_: str, line: int) -> bool:
+        if line in lines:
+            seen.append(line)
+        return False
+
     engine = real_engine(tiny_model, make_context, 3)
-    with interrupt([context_module.__file__], lambda _, line: bool(line in lines and seen.append(line))):
+    with interrupt([context_module.__file__], note):
         scenario(engine)
     first = {line: at for at, line in reversed(list(enumerate(seen)))}
     last = {line: at for at, line in enumerate(seen)}
@@ -906,7 +911,7 @@ def test_generations_that_are_moved_write_on_unchanged(
     first = prompts_of(any_model, "tell a story", "tell a story about the sea")
     last = prompts_of(any_model, "what is far", "give me the name")
 
-    def run(between: list[llama.Tokens]) -> list[tuple[list[int], str | None]]:
+    def run(between: list[Tokens]) -> list[tuple[list[int], str | None]]:
         engine = real_engine(any_model, make_context, 5)
         one = engine.submit(real_request(first))
         short = engine.submit(real_request(between, max_tokens=2)) if between else None

@@ -158,7 +158,8 @@ def test_a_mixture_that_changes_acts_on_the_next_token() -> None:
 
 def read(context: Context, sequence: int, tokens: Sequence[int]) -> np.ndarray:
     context.add(sequence, np.array(tokens, np.int32), output=True)
-    return context.decode()[0].copy()
+    row: np.ndarray = context.decode()[0].copy()
+    return row
 
 
 def test_a_cut_sequence_continues_as_if_never_longer(

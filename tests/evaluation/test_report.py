@@ -51,8 +51,12 @@ def test_tables_come_back_as_they_were(tmp_path: Path) -> None:
     with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
         found = [
             Result(
-                *(row[name] for name in ("method", "preference", "measure")),
-                *(float(row[name] or "nan") for name in ("value", "low", "high")),
+                row["method"],
+                row["preference"],
+                row["measure"],
+                float(row["value"] or "nan"),
+                float(row["low"] or "nan"),
+                float(row["high"] or "nan"),
                 int(row["n"]),
             )
             for row in csv.DictReader(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def test_a_new_key_comes_before_the_tables(file: Path) -> None:
 
 def test_an_edit_that_would_be_a_mistake_changes_nothing(file: Path) -> None:
     file.write_text(GOOD)
+    call: Callable[[], object]
     for call in (
         lambda: config.set_profile("x", {"strength": "no"}),
         lambda: config.set_profile("a b", {}),

@@ -27,9 +27,10 @@ from amulet_gguf.errors import (
 from amulet_gguf.llama import model as llama
 from amulet_gguf.llama.context import Context, default_threads
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.arrays import Tokens
 
 
-def tokens(*ids: int) -> llama.Tokens:
+def tokens(*ids: int) -> Tokens:
     return np.array(ids, np.int32)
 
 
@@ -37,6 +38,11 @@ def tokens(*ids: int) -> llama.Tokens:
 def test_text_survives_tokenization(any_model: Model, text: str) -> None:
     ids = any_model.tokenize(text)
     assert b"".join(any_model.token_bytes(int(token)) for token in ids).decode() == text
+
+
+def test_the_runtime_leaves_no_file_open_at_exit() -> None:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", "import amulet_gguf.llama.model"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
 
 
 @pytest.mark.model

@@ -121,7 +121,7 @@ def test_echo_tokens_begin_words_of_the_text(tiny_model: Model) -> None:
 def test_a_strength_adapts_from_where_nothing_is_extrapolated(
     tiny_model: Model, strength: float, anchor: tuple[float, float]
 ) -> None:
-    settings = Settings(prefer="concise", strength=strength)  # type: ignore[arg-type]
+    settings = Settings(prefer="concise", strength=strength)
     request = Planner(tiny_model).request("Why?", None, settings)
     assert tuple(request.mixture.anchor) == anchor
     assert request.mixture.adapt == "divergence"
@@ -131,7 +131,7 @@ def test_a_strength_adapts_from_where_nothing_is_extrapolated(
 def test_without_extrapolation_there_is_nothing_to_adapt_or_withhold(
     tiny_model: Model, strength: float
 ) -> None:
-    settings = Settings(prefer="concise", strength=strength)  # type: ignore[arg-type]
+    settings = Settings(prefer="concise", strength=strength)
     request = Planner(tiny_model).request("Why?", None, settings)
     assert request.mixture.adapt == "none"
     assert request.mixture.withheld is None

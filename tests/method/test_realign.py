@@ -9,6 +9,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -215,7 +216,7 @@ def test_combine_is_the_literal_game_on_edge_vectors(
 ) -> None:
     both = np.array(columns, np.float32).T.copy()
     s = strength(iterations=iterations)
-    assert_same_distribution(combine(both, (1 - s, s)), ftrl(*both, iterations=iterations))
+    assert_same_distribution(combine(both, (1 - s, s)), ftrl(both[0], both[1], iterations=iterations))
 
 
 @given(st.integers(1, 5), st.sampled_from(SIZES), st.floats(0.01, 1000), seeds)
@@ -440,8 +441,9 @@ def test_unusable_logits_are_refused(logits: Row, message: str) -> None:
 def test_coefficients_that_are_not_affine_are_refused(
     name: str, values: tuple[float], message: str
 ) -> None:
+    arguments: dict[str, Any] = {"coefficients": (-1, 2), "reference": (0, 1), name: values}
     with pytest.raises(SettingError, match=f"^{name}.*{message}"):
-        combine(GOOD, **{"coefficients": (-1, 2), "reference": (0, 1), name: values})
+        combine(GOOD, **arguments)
 
 
 @pytest.mark.parametrize("plausibility", [-TINIEST, 1.0000001, math.nan, math.inf, -math.inf])

@@ -111,7 +111,7 @@ def assert_swept(row: Row, expected: dict[int, float], size: int = 1000, **optio
         ({"top_k": 2, "temperature": 1e9}, [1, 1]),
     ],
 )
-def test_stages_on_four_tokens(options: dict[str, float], weights: list[float]) -> None:
+def test_stages_on_four_tokens(options: dict[str, Any], weights: list[float]) -> None:
     expected = {token: weight / sum(weights) for token, weight in enumerate(weights)}
     assert_swept(FOUR, expected, **{"temperature": 1.0, **options})
     # Neither the order of the tokens, nor masked ones between them, nor a constant play a part.
@@ -454,7 +454,7 @@ def test_without_a_penalty_the_row_is_only_read() -> None:
     row = masked(2000, 2.0)
     before = row.copy()
     for options in ({}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}):
-        sampler = plain(temperature=0.8, seed=1, **options)  # type: ignore[arg-type]
+        sampler = plain(temperature=0.8, seed=1, **options)
         sampler.sample(row)
         sampler.sample(row)
     np.testing.assert_array_equal(row, before)
@@ -470,7 +470,7 @@ def test_the_exponential_is_as_accurate_as_it_says(log_scale: float, peak: float
     scale = 2.0**log_scale
     below = np.random.default_rng(seed).uniform(0, 130 * math.log(2) / scale, 5000)
     values = (np.float32(peak) - below).astype(np.float32)
-    values = np.append(values[values <= np.float32(peak)], np.float32([-INF, peak]))
+    values = np.append(values[values <= np.float32(peak)], np.array([-INF, peak], np.float32))
     out = np.full_like(values, np.nan)
     total = exp_below(values, np.float32(peak), scale, out)
     exact = np.exp((values.astype(np.float64) - float(np.float32(peak))) * scale)

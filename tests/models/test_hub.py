@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -275,7 +276,7 @@ def test_a_disk_that_is_too_small_is_said_before(
 ) -> None:
     hub.files["o/r/m.gguf"] = DATA
     usage = type("Usage", (), {"free": 70 * 2**20})
-    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DownloadError, match=r"needs 0\.03 GB and 0\.01 GB of disk are free"):
         pulled("o/r", tmp_path)
     assert hub.asked == []
@@ -287,7 +288,7 @@ def test_a_disk_that_fills_up_is_said(hub: Hub, tmp_path: Path, monkeypatch: pyt
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DownloadError, match=r"disk of .* is full: make room and run it again"):
         pulled("o/r", tmp_path)
     assert left(tmp_path) == []
@@ -422,9 +423,12 @@ def test_the_bar_shows_a_name_and_does_not_obey_it(hub: Hub, tmp_path: Path) -> 
     hub.files["o/r/m[/b].gguf"] = SMALL
     env = {**os.environ, "HF_ENDPOINT": hub.url, "AMULET_HOME": str(tmp_path), "TERM": "xterm"}
     command = ["-m", "amulet_gguf", "models", "pull", "o/r"]
-    process = pexpect.spawn(sys.executable, command, env=env, dimensions=(24, 200), encoding="utf-8")
+    process: pexpect.spawn[str] = pexpect.spawn(
+        sys.executable, command, env=env, dimensions=(24, 200), encoding="utf-8"
+    )
     process.expect(pexpect.EOF, timeout=60)
     process.close()
     assert process.exitstatus == 0
+    assert process.before is not None
     assert "m[/b].gguf" in process.before
     assert "kB" in process.before or "bytes" in process.before

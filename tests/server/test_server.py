@@ -172,12 +172,17 @@ def test_texts_are_gone_on_with(client: openai.OpenAI, alone: Amulet) -> None:
         model="amulet", prompt=["Once upon", "<|im_end|>"], max_tokens=9, logprobs=2
     )
     assert got.choices[0].text == expected
-    each = [
-        client.completions.create(model="amulet", prompt=prompt, max_tokens=9, n=2).usage.prompt_tokens
-        for prompt in ("Once upon", "<|im_end|>")
-    ]
-    assert got.usage.prompt_tokens == sum(each)
+    n_read = 0
+    for prompt in ("Once upon", "<|im_end|>"):
+        one = client.completions.create(model="amulet", prompt=prompt, max_tokens=9, n=2)
+        assert one.usage is not None
+        n_read += one.usage.prompt_tokens
+    assert got.usage is not None
+    assert got.usage.prompt_tokens == n_read
     found = got.choices[0].logprobs
+    assert found is not None
+    assert found.text_offset is not None
+    assert found.tokens is not None
     assert found.text_offset[0] == 0
     assert "".join(found.tokens) == expected
     parts = client.completions.create(model="amulet", prompt="Once upon", max_tokens=9, stream=True)
@@ -208,8 +213,9 @@ def test_models_and_what_may_follow_their_name(client: openai.OpenAI, http: http
 
 def test_biases_and_penalties_of_the_python_client(client: openai.OpenAI, load: Load) -> None:
     def ask(**more: Any) -> list[int]:
+        messages: Any = HI
         asked = client.chat.completions.create(
-            model="amulet", messages=HI, max_tokens=12, logprobs=True, **more
+            model="amulet", messages=messages, max_tokens=12, logprobs=True, **more
         )
         logprobs = asked.choices[0].logprobs
         assert logprobs is not None
@@ -412,7 +418,7 @@ def test_a_key_is_asked_for(tiny: Tiny) -> None:
 
         def status(authorization: bytes | None, path: str = "/v1/models") -> int:
             headers = {} if authorization is None else {b"authorization": authorization}
-            return httpx.get(running.url + path, headers=headers).status_code  # type: ignore[arg-type]
+            return httpx.get(running.url + path, headers=headers).status_code
 
         assert status("Bearer sécret".encode()) == 200
         for bad in (

@@ -86,6 +86,13 @@ class Gate:
     def allow(self, n: int = 1) -> None:
         self._steps.release(n)
 
+    def allow_until(self, condition: Callable[[], bool]) -> None:
+        def is_met() -> bool:
+            self.allow()
+            return condition()
+
+        until(is_met)
+
 
 def test_answers_are_those_of_the_model_alone(service: Service, alone: Amulet) -> None:
     settings = Settings(prefer="concise", strength=4, max_tokens=30, temperature=0.8, seed=5)
@@ -348,7 +355,7 @@ def test_what_cannot_be_adjusted_says_so(service: Service) -> None:
     with running.stream("x", prefer="concise", max_tokens=LONG) as stream:
         for bad in ({"weights": [1, 2]}, {"weights": [99]}, {"strength": float("nan")}):
             with pytest.raises(SettingError):
-                stream.adjust(**bad)  # type: ignore[arg-type]
+                stream.adjust(**bad)
         assert stream.settings.strength == Settings().strength
         stream.adjust(weights=[0.5])
         assert stream.settings.prefer[0].weight == 0.5
@@ -386,9 +393,9 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(
     gate = Gate(running)
     context = running.wait_ready().engine._context
     live = [running.stream("x", prefer="concise", max_tokens=LONG) for _ in range(2)]
-    until(lambda: (gate.allow(), all(stream._job.has_more for stream in live))[1])
+    gate.allow_until(lambda: all(stream._job.has_more for stream in live))
     waiting = running.stream("y", prefer="concise", max_tokens=5)
-    until(lambda: (gate.allow(), waiting._job.is_accepted)[1])
+    gate.allow_until(lambda: waiting._job.is_accepted)
 
     def fail() -> None:
         monkeypatch.undo()

@@ -17,7 +17,8 @@ def log_softmax(logits: npt.ArrayLike) -> Float64Array:
     """Return log-probabilities of (V,) logits; -inf stays -inf."""
     values = np.asarray(logits, np.float64)
     values = values - values.max()
-    return values - np.log(np.exp(values).sum())
+    shifted: Float64Array = values - np.log(np.exp(values).sum())
+    return shifted
 
 
 def ftrl(
