@@ -6,10 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 
 from amulet_gguf.amulet import Amulet
@@ -21,8 +20,6 @@ from amulet_gguf.method.mixture import Mixture, coefficients
 from amulet_gguf.method.realign import combine
 from amulet_gguf.method.sampling import PLAIN, Sampler
 from amulet_gguf.settings import Settings
-
-Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _DEPTH: Final = 128  # tokens in each sequence when the measured steps begin
 _PREFILL: Final = 512
@@ -36,7 +33,6 @@ class KernelTimes:
     n_vocab: int
     combine_ms: float
     combine_sample_ms: float
-    literal_update_ms: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ class BenchResult:
             greedily, turned into text.
         combine_ms: `combine` with plausibility 0.1.
         combine_sample_ms: `combine` without mask, then temperature 0.8 and top-p 0.95.
-        literal_update_ms: the game's 60 iterations in numpy, float32.
         prefill_tokens_per_s: of a prompt of 512 tokens (or what fits) in one sequence.
         resident_bytes: of the process after a generation with one preference.
         model_bytes, cache_bytes: of the file, and of the KV cache (float16, two sequences).
@@ -66,7 +61,6 @@ class BenchResult:
     aligned_step_ms: float
     combine_ms: float
     combine_sample_ms: float
-    literal_update_ms: float
     prefill_tokens_per_s: float
     resident_bytes: int
     model_bytes: int
@@ -76,7 +70,7 @@ class BenchResult:
     def table(self) -> list[tuple[str, str, str]]:
         """Return rows of name, median and ratio for people."""
         overhead = self.resident_bytes - self.model_bytes - self.cache_bytes
-        own = KernelTimes(self.n_vocab, self.combine_ms, self.combine_sample_ms, self.literal_update_ms)
+        own = KernelTimes(self.n_vocab, self.combine_ms, self.combine_sample_ms)
         rows = [
             ("plain step (one row)", f"{self.plain_step_ms:.2f} ms", ""),
             (
@@ -98,11 +92,6 @@ class BenchResult:
                     f"combine + top-p sampling, V = {times.n_vocab:,}",
                     f"{times.combine_sample_ms:.3f} ms",
                     "",
-                ),
-                (
-                    f"60 literal iterations, V = {times.n_vocab:,}",
-                    f"{times.literal_update_ms:.1f} ms",
-                    f"{times.literal_update_ms / times.combine_ms:.0f} × combine",
                 ),
             ]
         rows += [
@@ -157,7 +146,6 @@ def measure(
         aligned_step_ms=aligned,
         combine_ms=own.combine_ms,
         combine_sample_ms=own.combine_sample_ms,
-        literal_update_ms=own.literal_update_ms,
         prefill_tokens_per_s=statistics.median(prefill),
         resident_bytes=resident,
         model_bytes=model.path.stat().st_size,
@@ -226,33 +214,6 @@ class _Steps:
         self._engine.cancel(self._generation)
 
 
-def literal_update(base: Floats, preference: Floats, iterations: int = 60) -> Floats:
-    """Return the paper's update computed as it is written, for comparison.
-
-    Args:
-        base, preference: (V,) logits, whose precision it keeps.
-
-    Returns:
-        (V,) log-probabilities, unnormalized after the last round, with alpha = lambda = 2, eta = 10.
-    """
-    alpha, lam, eta = 2.0, 2.0, 10.0  # Python's numbers leave the arrays' precision as it is
-    r, p = log_softmax(base), log_softmax(preference)
-    policy = p
-    total = np.zeros_like(p)
-    for t in range(1, iterations + 1):
-        total += alpha * (policy - r)
-        inertia = 1 / (eta * t)
-        policy = log_softmax((lam * p + total / t + policy * inertia) / (lam + inertia))
-    return policy
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Return (V,) log-probabilities of (V,) logits, in their precision."""
-    shifted = logits - logits.max()
-    result: Floats = shifted - np.log(np.exp(shifted).sum())
-    return result
-
-
 def _kernels(n_vocab: int, rounds: int) -> KernelTimes:
     random = np.random.default_rng(0)
     logits = random.normal(0, 3, (2, n_vocab)).astype(np.float32)
@@ -273,7 +234,6 @@ def _kernels(n_vocab: int, rounds: int) -> KernelTimes:
         n_vocab,
         median(lambda: combine(logits, weights, 0.1, out=out), 10 * rounds),
         median(combine_and_sample, 10 * rounds),
-        median(lambda: literal_update(logits[0], logits[1]), 5),
     )
 
 

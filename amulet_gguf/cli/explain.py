@@ -123,12 +123,11 @@ def _marked(console: Console, piece: Piece) -> Any:
     """Return a token shaded or, where there are no colours, with its KL behind it."""
     from rich.text import Text
 
-    from amulet_gguf.cli import explained
     from amulet_gguf.cli.terminal import printable
 
     assert piece.explanation is not None
     text = printable(piece.text)
-    shade = _SHADES[min(len(_SHADES) - 1, int(explained.shade(piece) * len(_SHADES)))]
+    shade = _SHADES[min(len(_SHADES) - 1, int(piece.explanation.shade * len(_SHADES)))]
     changed = piece.changed
     if console.color_system is not None:
         return Text(text, style=f"{shade} {'underline' if changed else ''}".strip())

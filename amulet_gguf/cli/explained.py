@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from amulet_gguf.engine.answer import Piece
 
-#: KL in nats from which a token is shaded fully.
-FULL: Final = 2.0
 #: Points shown with their alternatives.
 N_STRONGEST: Final = 5
 _MIN_DIVERGENCE: Final = 0.01  # nats; below, nothing is worth showing
@@ -43,13 +41,6 @@ def summarize(pieces: Sequence[Piece]) -> Summary:
     total = sum(piece.explanation.divergence for piece in found if piece.explanation is not None)
     changed = sum(piece.changed for piece in found)
     return Summary(len(found), changed, total / len(found) if found else 0.0)
-
-
-def shade(piece: Piece) -> float:
-    """Return how far a token was moved, from 0 to 1: the root of its share of `FULL`."""
-    if piece.explanation is None:
-        return 0.0
-    return float(min(1.0, piece.explanation.divergence / FULL) ** 0.5)
 
 
 def strongest(pieces: Sequence[Piece]) -> list[int]:
@@ -101,7 +92,6 @@ def page(prompt: str, about: str, model: str, pieces: Sequence[Piece]) -> str:
         model=model,
         summary=summarize(pieces),
         pieces=explained(pieces),
-        shade=shade,
         strongest=[
             (before(pieces, i), pieces[i].text, pieces[i].explanation) for i in strongest(pieces)
         ],

@@ -96,7 +96,7 @@ def markdown(results: Sequence[Result], about: Mapping[str, str], measures: Cata
         rows = [header, *([_escaped(method), *cells] for method, cells in table.rows)]
         parts += [f"## {_escaped(table.title)}", f"{table.caption}.", _pipes(rows, "---:")]
     if legend := _columns(results, measures):
-        parts += ["## Measures", "\n".join(map(_explained, legend))]
+        parts += ["## Measures", "\n".join(map(_legend_line, legend))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -201,7 +201,7 @@ def _pipes(rows: Sequence[Sequence[str]], alignment: str) -> str:
     return "\n".join(lines)
 
 
-def _explained(measure: Measure) -> str:
+def _legend_line(measure: Measure) -> str:
     line = f"- **{_escaped(measure.name)}** ({_BETTER[measure.better]})"
     for start, text in ((": ", measure.title), (". Source: ", measure.source), (". ", measure.limits)):
         line += start + _escaped(text) if text else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ from amulet_gguf.method._kernel import kernel
 from amulet_gguf.method.adaptive import log_sum, mixed
 from amulet_gguf.method.arrays import BLOCK, Float32Array, Float64Array
 from amulet_gguf.method.sampling import exp_below
+
+#: KL in nats from which a token is shaded fully.
+FULL: Final = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Explanation:
     probability: float
     prompted: float
     alternatives: tuple[Alternative, ...]
+
+    @property
+    def shade(self) -> float:
+        """How strongly to shade the token, from 0 to 1: the root of its share of `FULL`."""
+        return float(min(1.0, self.divergence / FULL) ** 0.5)
 
 
 def explain(

@@ -94,7 +94,7 @@ def pull(source: Source, folder: Path, progress: Progress = lambda *_: None) -> 
     target = folder / source.repo
     partial = folder / ".partial"
     try:
-        with _explained(source.repo):
+        with _hub_errors(source.repo):
             remotes = _choose(source, _list(source.repo))
         missing = [remote for remote in remotes if not _is_here(target / remote.name, remote)]
         if not missing:
@@ -219,7 +219,7 @@ def _fetch(repo: str, remote: _Remote, path: Path, progress: Progress) -> None:
             if file.tell() == remote.n_bytes:
                 break
             try:
-                with _explained(repo):
+                with _hub_errors(repo):
                     http_get(
                         hf_hub_url(repo, remote.name),
                         file,
@@ -261,7 +261,7 @@ def _bar(remote: _Remote, progress: Progress) -> Any:
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def _hub_errors(repo: str) -> Iterator[None]:
     """Turn what the hub's client raises into one line with the cure."""
     from huggingface_hub import errors
 

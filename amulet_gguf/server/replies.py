@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from amulet_gguf.engine.answer import Answer, Piece, Usage
+from amulet_gguf.method.explanation import Explanation
 
-#: Said of tokens whose probability is none that a float can hold.
+#: Reported, as OpenAI does, where a probability is too small to have a logarithm.
 _LEAST: Final = -9999.0
 _REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "stop"}
 DONE: Final = b"data: [DONE]\n\n"
@@ -40,11 +41,14 @@ def usage_of(usages: Iterable[Usage], n: int) -> dict[str, int]:
 class Reply:
     """The answer to one request, in either of OpenAI's forms.
 
+    Probabilities of tokens are those after realignment, before sampling filters and penalties.
+
     Attributes:
         model: the name to report.
         is_chat: chat completions, or completions.
         token_bytes: gives a token's bytes.
-        n_logprobs: alternatives to report for each token; None: no probabilities.
+        n_logprobs: most probable tokens to report beside each one that was written; None: report no
+            probabilities at all, not even of that one.
         explain: add what realignment did to each token.
         n: answers to each prompt.
     """
@@ -63,7 +67,7 @@ class Reply:
 
     @property
     def n_alternatives(self) -> int:
-        """How many the request must ask for."""
+        """What the request must ask for as `n_alternatives`: an explanation has the probabilities."""
         wanted = 0 if self.n_logprobs is None else max(1, self.n_logprobs)
         return max(wanted, 5) if self.explain else wanted
 
@@ -81,7 +85,11 @@ class Reply:
             else:
                 choice["text"] = answer.text
             if self.explain:
-                choice["amulet"] = [_explained(piece) for piece in answer.pieces if piece.explanation]
+                choice["amulet"] = [
+                    _moved(piece.text, piece.changed, piece.explanation)
+                    for piece in answer.pieces
+                    if piece.explanation is not None
+                ]
             choices.append(choice)
         usage = usage_of((answer.usage for answer in answers), self.n)
         return {**self._head("chat.completion"), "choices": choices, "usage": usage}
@@ -122,7 +130,7 @@ class Reply:
         if piece is not None and piece.explanation is not None:
             choice["logprobs"] = self._logprobs(index, [piece])
             if self.explain:
-                choice["amulet"] = _explained(piece)
+                choice["amulet"] = _moved(piece.text, piece.changed, piece.explanation)
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
@@ -157,6 +165,7 @@ class Reply:
         return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-def _explained(piece: Piece) -> dict[str, Any]:
-    assert piece.explanation is not None
-    return {"text": piece.text, "changed": piece.changed, **dataclasses.asdict(piece.explanation)}
+def _moved(text: str, changed: bool, explanation: Explanation) -> dict[str, Any]:
+    """Return what realignment did to a token."""
+    about = dataclasses.asdict(explanation)
+    return {"text": text, "changed": changed, "shade": explanation.shade, **about}

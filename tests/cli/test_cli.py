@@ -350,7 +350,6 @@ def test_bench_measures_all_it_names() -> None:
         "aligned_step_ms",
         "combine_ms",
         "combine_sample_ms",
-        "literal_update_ms",
         "prefill_tokens_per_s",
         "resident_bytes",
     ):
