@@ -32,10 +32,10 @@ def adapted(
     The way from strength 1 (0 where the strength is negative) to the full one is gone by a share
     from 0 to 1:
 
-    - "divergence": the Jensen-Shannon divergence, in bits, of base and reference distribution, as in
+    - "divergence": the Jensen-Shannon divergence, in bits, of base and ordinary prompting, as in
       AdaCAD (Wang et al. 2024, arXiv 2409.07394). Where the preference says nothing about a token,
       nothing is amplified.
-    - "entropy": 1 - 1 / perplexity of the reference distribution. A token that prompting is certain
+    - "entropy": 1 - 1 / perplexity of ordinary prompting. A token that prompting is certain
       of (the rest of a word, an idiom) is left to it.
 
     Args:

@@ -33,8 +33,7 @@ class Realignment:
     Attributes:
         branches: 0 for the base, k for preference k.
         coefficients: of these branches, summing to 1.
-        reference: of the distribution that judges plausibility: ordinary prompting, which is
-            strength 1.
+        reference: their coefficients in ordinary prompting (strength 1), which judges plausibility.
         plausibility: 0 where there is nothing to guard.
     """
 
@@ -75,7 +74,8 @@ class Mixture:
 
     Attributes:
         coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`).
-        reference: (B,) of the reference distribution, summing to 1; judges plausibility and `changed`.
+        reference: (B,) coefficients of ordinary prompting, summing to 1: what judges plausibility, and
+            whether realignment changed a token.
         margin: of plausibility, in nats.
         adapt: how far each token goes from `anchor` to `coefficients`.
         anchor: (B,) coefficients without extrapolation; needed unless adapt is "none".

@@ -74,21 +74,19 @@ def combine(
     are (1 - s, s), which is `r + s (p - r)`; `amulet_gguf.method.mixture.coefficients` makes them
     for any number. They sum to 1, so log-softmax is not needed first: its constants cancel.
 
-    Plausibility masks tokens that ordinary prompting finds improbable *before* extrapolation can
-    promote them (the constraint of contrastive decoding, Li et al. 2023, arXiv 2210.15097): tokens
-    whose probability under the reference distribution is below `plausibility` times that of its best
-    token become -inf. The reference is a combination of the rows too. With one preference it is that
-    preference's row. With several it is their weighted combination at strength 1, that is, what
-    prompting for all of them would say: a token that one preference rules out then survives if the
-    others make up for it, and a negative weight counts against its tokens. The best token is always
-    kept.
+    Plausibility rules tokens out *before* extrapolation can promote them (the constraint of contrastive
+    decoding, Li et al. 2023, arXiv 2210.15097): tokens whose probability under ordinary prompting is below
+    `plausibility` times that of its best token become -inf; the best token is always kept. What ordinary
+    prompting says is a combination of the rows too, at strength 1. Its coefficients are the `reference`:
+    with one preference, that preference's row. With several, a token that one of them rules out survives
+    if the others make up for it, and a negative weight counts against its tokens.
 
     Args:
         logits: (B, V) float32, finite, C-contiguous, one row per branch; B, V >= 1.
         coefficients: (B,) finite, summing to 1 (within 1e-6 of their total size).
-        plausibility: from 0 (no mask) to 1 (only the reference's best tokens).
-        reference: (B,) finite, summing to 1: the reference distribution. None means the only row
-            (B = 1) or the preference row (B = 2).
+        plausibility: from 0 (no mask) to 1 (only the best tokens of ordinary prompting).
+        reference: (B,) finite, summing to 1: coefficients of ordinary prompting. None means the only
+            row (B = 1) or the preference's (B = 2).
         out: (V,) float32, contiguous, not overlapping `logits`; allocated when None.
 
     Returns:
@@ -127,7 +125,7 @@ def combine(
 
 
 def log_plausibility(plausibility: float) -> float:
-    """Return the mask's distance below the best reference logit, in nats (-inf: no mask)."""
+    """Return where the mask begins, in nats below the best logit of ordinary prompting (-inf: none)."""
     return math.log(plausibility) if plausibility > 0 else -math.inf
 
 
@@ -138,9 +136,7 @@ def combine_unchecked(
     reference: Float64Array,
     out: Float32Array,
 ) -> int:
-    """Do the work of `combine` on arguments known to be good; return the reference's best token.
-
-    That token is what ordinary prompting, decoded greedily, would write next.
+    """Do the work of `combine` on good arguments; return the best token of ordinary prompting.
 
     Args:
         margin: `log_plausibility(plausibility)`.
@@ -238,7 +234,7 @@ def _combine(
     reference: Float64Array,
     out: Float32Array,
 ) -> int:
-    """Combine and mask; return the index of the largest reference logit, or -1 if not all finite."""
+    """Combine and mask; return the best token of ordinary prompting, or -1 if not all is finite."""
     n_vocab = logits.shape[1]
     magnitude = np.array([_largest_magnitude(logits.reshape(-1))], np.int32).view(np.float32)[0]
     if not np.abs(coefficients).sum() * magnitude <= _FLOAT32_MAX:  # also where it is NaN
