@@ -75,8 +75,8 @@ def combine(
     for any number. They sum to 1, so log-softmax is not needed first: its constants cancel.
 
     Plausibility rules tokens out *before* extrapolation can promote them (the constraint of contrastive
-    decoding, Li et al. 2023, arXiv 2210.15097): tokens whose probability under ordinary prompting is below
-    `plausibility` times that of its best token become -inf; the best token is always kept. What ordinary
+    decoding, Li et al. 2023, arXiv 2210.15097): tokens that ordinary prompting finds less probable than
+    `plausibility` times its best token become -inf; the best token is always kept. What ordinary
     prompting says is a combination of the rows too, at strength 1. Its coefficients are the `reference`:
     with one preference, that preference's row. With several, a token that one of them rules out survives
     if the others make up for it, and a negative weight counts against its tokens.
