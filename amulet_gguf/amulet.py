@@ -17,7 +17,7 @@ from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Message
 from amulet_gguf.settings import Loading, LoadOptions, Options, Settings
-from amulet_gguf.stream import AnswerStream, Job, OnPrefill, Plan, Stream
+from amulet_gguf.stream import Job, JobOptions, OnPrefill, Plan, Stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -152,32 +152,18 @@ class Amulet:
         def plan(planner: Planner, settings: Settings) -> Request:
             return planner.request(prompt, messages, settings)
 
-        return self.start(
-            plan, (settings or Settings()).replace(**options), is_adjustable=False, on_prefill=on_prefill
-        )
+        settings = (settings or Settings()).replace(**options)
+        return self.start(plan, settings, on_prefill=on_prefill)
 
-    def start(
-        self,
-        plan: Plan,
-        settings: Settings,
-        *,
-        is_adjustable: bool,
-        on_prefill: OnPrefill | None = None,
-        on_end: Callable[[AnswerStream], None] | None = None,
-    ) -> Stream:
-        """Begin an answer that needs more than `stream` says.
-
-        Args:
-            plan: makes the request.
-            is_adjustable: it keeps all branches at every strength, so that `adjust` may be used.
-            on_end: see `amulet_gguf.stream.AnswerStream`.
+    def start(self, plan: Plan, settings: Settings, **options: Unpack[JobOptions]) -> Stream:
+        """Begin an answer that needs more than `stream` says: its request is what `plan` makes.
 
         Raises:
             As `stream`.
         """
-        job = Job(settings, is_adjustable, on_prefill)
+        job = Job(settings, **options)
         job.generation = self.engine.submit(plan(self.planner, settings))
-        return Stream(job, self.engine, self.planner, on_end)
+        return Stream(job, self.engine, self.planner)
 
     def wait_ready(self, timeout: float | None = None) -> Amulet:
         """Return itself, which is ready, as an `AmuletService` is when it has waited."""
@@ -222,7 +208,7 @@ class Amulet:
         with contextlib.ExitStack() as stack:
             streams = {
                 name: stack.enter_context(
-                    self.start(lambda *_: request, settings[name], is_adjustable=False)  # noqa: B023
+                    self.start(lambda *_: request, settings[name])  # noqa: B023
                 )
                 for name, request in requests.items()
             }

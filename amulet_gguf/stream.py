@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
 from amulet_gguf.engine.engine import Engine
@@ -16,7 +16,7 @@ from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 #: What makes the request of an answer.
 Plan: TypeAlias = Callable[[Planner, Settings], Request]
@@ -26,29 +26,42 @@ Action: TypeAlias = Callable[[Engine, Planner], None]
 OnPrefill: TypeAlias = Callable[[int, int], None]
 
 
+class JobOptions(TypedDict, total=False):
+    """What an answer may be asked for with, beside its settings.
+
+    Attributes:
+        is_adjustable: it keeps all branches at every strength, and `AnswerStream.adjust` may be used.
+        on_prefill: called on the thread that makes the engine's steps; must return soon. If it raises,
+            the answer fails with that.
+        on_end: called once, by who takes the pieces: when the last was taken, the answer failed, or its
+            stream was closed.
+    """
+
+    is_adjustable: bool
+    on_prefill: OnPrefill | None
+    on_end: Callable[[AnswerStream], None] | None
+
+
 class Job:
     """An answer as all threads see it, from the call that asks for it on.
 
     Attributes:
         settings: as they are now.
-        is_adjustable: they may change.
+        options: see `JobOptions`.
         generation: once it is queued in the engine.
         error: why there is none.
         is_cancelled: it was, perhaps before there was one.
         lock: held while any of these changes.
     """
 
-    def __init__(
-        self, settings: Settings, is_adjustable: bool, on_prefill: OnPrefill | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, **options: Unpack[JobOptions]) -> None:
         self.settings = settings
-        self.is_adjustable = is_adjustable
+        self.options = options
         self.generation: Generation | None = None
         self.error: BaseException | None = None
         self.is_cancelled = False
         # A stream is cancelled when it is collected, which may be in the middle of anything.
         self.lock = threading.RLock()
-        self._on_prefill = on_prefill
 
     @property
     def is_finished(self) -> bool:
@@ -59,9 +72,9 @@ class Job:
 
     def tell_prefill(self) -> None:
         """Report what has been read of the prompt."""
-        generation = self.generation
-        if self._on_prefill is not None and generation is not None and generation.n_tokens == 0:
-            self._on_prefill(generation.n_read, generation.n_prefill)
+        on_prefill, generation = self.options.get("on_prefill"), self.generation
+        if on_prefill is not None and generation is not None and generation.n_tokens == 0:
+            on_prefill(generation.n_read, generation.n_prefill)
 
     def cancel(self, engine: Engine, _planner: Planner) -> None:
         """End it; an `Action`."""
@@ -84,21 +97,14 @@ class AnswerStream(Iterator[Piece]):
         pieces: those taken so far.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        do: Callable[[Action], None],
-        on_end: Callable[[AnswerStream], None] | None = None,
-    ) -> None:
+    def __init__(self, job: Job, do: Callable[[Action], None]) -> None:
         """Begin to take pieces.
 
         Args:
             do: does something on the thread that makes the engine's steps.
-            on_end: called once, when the last piece was taken, the answer failed, or it was closed.
         """
         self._job = job
         self._do = do
-        self._on_end = on_end
         self.pieces: list[Piece] = []
 
     @abstractmethod
@@ -122,7 +128,7 @@ class AnswerStream(Iterator[Piece]):
             self._end()
 
     def _end(self) -> None:
-        on_end, self._on_end = self._on_end, None
+        on_end = self._job.options.pop("on_end", None)
         if on_end is not None:
             on_end(self)
 
@@ -151,7 +157,7 @@ class AnswerStream(Iterator[Piece]):
             SettingError: out of range, another number of weights, or the answer is not adjustable.
         """
         job = self._job
-        if not job.is_adjustable:
+        if not job.options.get("is_adjustable"):
             raise SettingError("this answer is not adjustable: ask for it with is_adjustable=True")
         with job.lock:
             prefer = job.settings.prefer
@@ -209,14 +215,8 @@ class AnswerStream(Iterator[Piece]):
 class Stream(AnswerStream):
     """An answer whose pieces are written as they are taken: by the thread that takes them."""
 
-    def __init__(
-        self,
-        job: Job,
-        engine: Engine,
-        planner: Planner,
-        on_end: Callable[[AnswerStream], None] | None = None,
-    ) -> None:
-        super().__init__(job, lambda action: action(engine, planner), on_end)
+    def __init__(self, job: Job, engine: Engine, planner: Planner) -> None:
+        super().__init__(job, lambda action: action(engine, planner))
         assert job.generation is not None
         self._written = engine.stream(job.generation, lambda _: job.tell_prefill())
 

@@ -6,7 +6,7 @@ of the next, whatever is preferred then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from amulet_gguf.amulet import Amulet
@@ -15,7 +15,7 @@ from amulet_gguf.engine.generation import Request
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Encoded, Message
 from amulet_gguf.settings import Options, Settings
-from amulet_gguf.stream import AnswerStream, OnPrefill, Plan
+from amulet_gguf.stream import AnswerStream, JobOptions, OnPrefill, Plan
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,15 +29,7 @@ AnyStream = TypeVar("AnyStream", bound=AnswerStream, covariant=True)
 class Host(Protocol[AnyStream]):
     """What answers: an `Amulet`, whose caller makes the steps, or an `AmuletService`, which does."""
 
-    def start(
-        self,
-        plan: Plan,
-        settings: Settings,
-        *,
-        is_adjustable: bool,
-        on_prefill: OnPrefill | None = None,
-        on_end: Callable[[AnswerStream], None] | None = None,
-    ) -> AnyStream: ...
+    def start(self, plan: Plan, settings: Settings, **options: Unpack[JobOptions]) -> AnyStream: ...
     def wait_ready(self, timeout: float | None = None) -> Amulet: ...
 
 

@@ -109,7 +109,7 @@ class Evaluation:
         with Journal(self.folder / "responses.jsonl", keys) as journal:
             todo = [record for record in records if record.line not in journal.done]
             if todo:
-                with load_model(self.loading) as model:
+                with load_model(self.loading, progress=_on_load(progress)) as model:
                     size = size_batch(model, todo, parallel=parallel, n_ctx=self.loading.n_ctx)
                     loading = replace(self.loading, n_ctx=size.n_ctx)
                     with Amulet.of(model, loading, size.n_sequences) as amulet:
@@ -147,7 +147,7 @@ class Evaluation:
         }
         with Journal(self.folder / "rewards.jsonl", keys) as journal:
             if len(journal.done) < len(pairs):
-                with Scorer(replace(self.loading, model=self.reward)) as scorer:
+                with Scorer(replace(self.loading, model=self.reward), _on_load(progress)) as scorer:
                     for line, (response, preference) in enumerate(pairs, 1):
                         if line not in journal.done:
                             journal.append(line, _likelihoods(scorer, response, preference))
@@ -178,7 +178,7 @@ class Evaluation:
         }
         with Journal(self.folder / "judgements.jsonl", keys) as journal:
             if len(journal.done) < len(pairs):
-                with Scorer(replace(self.loading, model=self.judge)) as scorer:
+                with Scorer(replace(self.loading, model=self.judge), _on_load(progress)) as scorer:
                     for line, (response, preference) in enumerate(pairs, 1):
                         if line not in journal.done:
                             other = others[response.question, preference]
@@ -193,6 +193,10 @@ class Evaluation:
                     ("agreement", float(verdict["agrees"])),
                 ):
                     yield Value(response.question, response.method, preference, measure, value)
+
+
+def _on_load(progress: Progress) -> Callable[[float], None]:
+    return lambda fraction: progress("Loading the model", round(100 * fraction), 100)
 
 
 def identity(path: Path) -> str:

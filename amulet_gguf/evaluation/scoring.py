@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,13 +70,13 @@ class Verdict:
 class Scorer:
     """One model, loaded to score with."""
 
-    def __init__(self, loading: Loading) -> None:
+    def __init__(self, loading: Loading, progress: Callable[[float], None] | None = None) -> None:
         """Load the model.
 
         Raises:
             As `amulet_gguf.amulet.Amulet.load`.
         """
-        self._model = load_model(loading)
+        self._model = load_model(loading, progress=progress)
         try:
             n_ctx = loading.n_ctx or min(_N_CTX, self._model.n_ctx_train or _N_CTX)
             self._planner = Planner(self._model)

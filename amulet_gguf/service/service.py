@@ -25,7 +25,7 @@ from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Message
 from amulet_gguf.service.stream import ServiceJob, ServiceStream
 from amulet_gguf.settings import LoadOptions, Options, Settings
-from amulet_gguf.stream import Action, AnswerStream, OnPrefill, Plan
+from amulet_gguf.stream import Action, JobOptions, OnPrefill, Plan
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -176,23 +176,13 @@ class AmuletService:
 
         return self.start(plan, settings, is_adjustable=is_adjustable, on_prefill=on_prefill)
 
-    def start(
-        self,
-        plan: Plan,
-        settings: Settings,
-        *,
-        is_adjustable: bool,
-        on_prefill: OnPrefill | None = None,
-        on_end: Callable[[AnswerStream], None] | None = None,
-    ) -> ServiceStream:
-        """Ask for an answer that needs more than `stream` says; errors as there.
+    def start(self, plan: Plan, settings: Settings, **options: Unpack[JobOptions]) -> ServiceStream:
+        """Ask for an answer that needs more than `stream` says: its request is what `plan` makes.
 
-        Args:
-            plan: makes the request, on the planner's thread.
-            is_adjustable, on_prefill: see `stream`.
-            on_end: see `amulet_gguf.stream.AnswerStream`; called by who takes the pieces.
+        Raises:
+            As `stream`.
         """
-        job = ServiceJob(plan, settings, is_adjustable, on_prefill)
+        job = ServiceJob(plan, settings, **options)
         with self._lock:
             if self._is_closing:
                 raise self._closed()
@@ -200,7 +190,7 @@ class AmuletService:
                 raise QueueFullError(self._max_waiting)
             self._jobs.add(job)
         self._unplanned.put(job)
-        return ServiceStream(job, self._do, on_end)
+        return ServiceStream(job, self._do)
 
     def _do(self, action: Action) -> None:
         """Do something on the engine's thread, between two steps."""

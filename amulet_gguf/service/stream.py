@@ -14,10 +14,10 @@ from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings
-from amulet_gguf.stream import Action, AnswerStream, Job, OnPrefill, Plan
+from amulet_gguf.stream import AnswerStream, Job, JobOptions, Plan
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 
 class ServiceJob(Job):
@@ -28,10 +28,8 @@ class ServiceJob(Job):
         pieces: not yet taken.
     """
 
-    def __init__(
-        self, plan: Plan, settings: Settings, is_adjustable: bool, on_prefill: OnPrefill | None
-    ) -> None:
-        super().__init__(settings, is_adjustable, on_prefill)
+    def __init__(self, plan: Plan, settings: Settings, **options: Unpack[JobOptions]) -> None:
+        super().__init__(settings, **options)
         self.plan = plan
         self.pieces: deque[Piece] = deque()
         self._has_news = threading.Condition(self.lock)
@@ -124,14 +122,6 @@ class ServiceStream(AnswerStream, AsyncIterator[Piece]):
     """
 
     _job: ServiceJob
-
-    def __init__(
-        self,
-        job: ServiceJob,
-        do: Callable[[Action], None],
-        on_end: Callable[[AnswerStream], None] | None = None,
-    ) -> None:
-        super().__init__(job, do, on_end)
 
     def _take(self) -> Piece | None:
         self._job.wait()
