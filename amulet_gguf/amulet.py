@@ -109,7 +109,7 @@ def check_n_ctx(n_ctx: int | None) -> None:
 class Amulet:
     """A loaded model that answers, realigned to preferences. Make one with `Amulet.load`.
 
-    Its methods may be called from several threads; generations then share each step.
+    One thread writes its answers (see `Engine`); `AmuletService` answers several.
     """
 
     def __init__(self, model: Model, engine: Engine) -> None:

@@ -222,7 +222,7 @@ def test_a_real_engine_reuses_what_it_read(any_model: Model, make_context: MakeC
         return Request(list(prompts), mixture, Sampler(), max_tokens=6, reuse=True)
 
     run(engine, asked(story, np.concatenate([story, tails[0]])))
-    held = engine._held[0]
+    held = engine._sequences._cached[0]
     assert held[: len(story)].tolist() == story.tolist()
     both = [np.concatenate([held, tails[1], tail]) for tail in (tails[1], tails[2])]
     _, generation = run(engine, asked(*both))
