@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from literal import ftrl, log_softmax
 
 import amulet_gguf
-from amulet_gguf import Amulet, PromptError, PromptTooLongError, SettingError, Settings
+from amulet_gguf import Amulet, EngineError, PromptError, PromptTooLongError, SettingError, Settings
 from amulet_gguf.llama.context import Context
 from amulet_gguf.method import mixture
 from amulet_gguf.method.realign import combine_unchecked
@@ -210,21 +210,14 @@ def test_closing_the_stream_frees_its_sequences(amulet: Amulet) -> None:
 
 
 @pytest.mark.model
-def test_threads_share_the_steps_and_get_their_own_answers(amulet: Amulet) -> None:
-    amulet.engine.reserve(4)
-    prompts = ["Name a color.", "Name an animal."]
-    texts: dict[str, str] = {}
-
-    def write(prompt: str) -> None:
-        texts[prompt] = amulet.generate(prompt, prefer="concise", max_tokens=12).text
-
-    threads = [threading.Thread(target=write, args=(prompt,)) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(texts[prompt].strip() for prompt in prompts)
-    assert texts[prompts[0]] != texts[prompts[1]]
+def test_a_second_thread_is_sent_to_the_service(amulet: Amulet) -> None:
+    expected = amulet.generate("Name a color.", max_tokens=4).text
+    with amulet.stream("Name a color.", max_tokens=4) as stream:
+        next(stream)
+        with ThreadPoolExecutor(1) as pool, pytest.raises(EngineError, match="AmuletService"):
+            pool.submit(amulet.generate, "Name an animal.", max_tokens=4).result()
+        assert stream.answer().text == expected
+    assert amulet.engine.n_live == 0
 
 
 @pytest.mark.model

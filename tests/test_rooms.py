@@ -15,7 +15,7 @@ PACKAGE = Path(amulet_gguf.__file__).parent
 #: Ground floor first. Modules directly in the package stand where they are named.
 FLOORS = [
     "errors", "preferences", "declaration", "settings", "methods", "method", "llama", "engine",
-    "prompts", "stream", "home", "models", "amulet", "conversation", "batch", "service", "llm_plugin",
+    "prompts", "stream", "home", "models", "amulet", "conversation", "service", "batch", "llm_plugin",
     "checks", "evaluation", "server", "cli", "__main__",
 ]  # fmt: skip
 MODULES = {

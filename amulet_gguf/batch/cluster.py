@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -215,12 +216,16 @@ class _Worker:
 
     def load(self, path: str, size: int, options: dict[str, Any], n_neighbours: int) -> str | None:
         """Load the model; return what is wrong with it, or None. Errors cross as text alone."""
-        from amulet_gguf.amulet import Amulet
         from amulet_gguf.llama.context import default_threads
+        from amulet_gguf.service.service import AmuletService
 
         n_threads = options["n_threads"] or max(1, default_threads() // n_neighbours)
         try:
-            self._amulet = Amulet.load(path, **{**options, "n_threads": n_threads})
+            # The driver limits what waits.
+            self._service = AmuletService(
+                path, max_waiting=sys.maxsize, **{**options, "n_threads": n_threads}
+            )
+            self._service.wait_ready()
         except AmuletError as error:
             return str(error)
         if Path(path).stat().st_size != size:
@@ -233,9 +238,11 @@ class _Worker:
 
         answer: Answer | AmuletError
         try:
-            answer = self._amulet.generate(
-                record.prompt, messages=record.messages, settings=record.settings
-            )
+            # Nothing cached is reused: a result must not depend on what was answered before.
+            answer = self._service.start(
+                lambda planner, settings: planner.request(record.prompt, record.messages, settings),
+                record.settings,
+            ).answer()
         except AmuletError as error:
             answer = error
         return result(record, answer)

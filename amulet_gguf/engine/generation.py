@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from amulet_gguf.engine.answer import FinishReason, Piece, Timings, Usage
 from amulet_gguf.engine.text import TextAssembler
 from amulet_gguf.method.arrays import Float32Array, Tokens
-from amulet_gguf.method.explanation import Explanation, explain
+from amulet_gguf.method.explanation import explain
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.realign import argmax
 from amulet_gguf.method.sampling import Sampler
@@ -56,8 +56,8 @@ class Request:
         sampler: chooses the tokens; belongs to this generation alone.
         max_tokens: length of the answer at most, >= 1.
         stop: stop strings, none of them empty.
-        reuse: begin from what sequences hold of the prompts already, and leave there what this one
-            read and wrote. The answer can differ in near ties: sums are in another order.
+        reuse: begin from what is cached of the prompts, and leave what this one read and wrote cached.
+            The answer can differ in near ties: sums are in another order.
         n_alternatives: explain each token with so many of each distribution's best; 0: do not.
         on_end: called with the tokens of the answer at its end, unless a stop string cut it short.
     """
@@ -103,10 +103,14 @@ class Generation:
         self._written: list[int] = []
         self._text = TextAssembler(request.stop)
         self.first_sequence = -1  # its branches are neighbours from here on
-        self.n_shared = _shared_prefix(request.branches)  # left to read in the first branch alone
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Have all of the prompts to read, with nothing skipped."""
+        self.n_shared = _shared_prefix(self.request.branches)  # left to read in the first branch alone
         self._is_split = self.n_shared == 0
         # What each branch has yet to read. A generation that is writing has one token in each.
-        self.pending = list(request.branches)
+        self.pending = list(self.request.branches)
         self.n_prefill = sum(map(len, self.pending)) - (self.n_branches - 1) * self.n_shared
 
     @property
@@ -126,31 +130,30 @@ class Generation:
     def is_finished(self) -> bool:
         return self.finished_at is not None
 
-    def holding(self, branch: int, length: int) -> Tokens:
-        """Return the first `length` tokens of a branch: its prompt and what was written."""
-        return np.concatenate([self.request.branches[branch], np.array(self._written, np.int32)])[
-            :length
-        ]
+    def cached(self, branch: int, length: int) -> Tokens:
+        """Return what is cached of a branch: so many tokens of its prompt and of what was written."""
+        written = np.array(self._written, np.int32)
+        return np.concatenate([self.request.branches[branch], written])[:length]
 
     def skip(self, n: int) -> None:
-        """Leave out n tokens of the shared prefix, or of the only prompt: its sequence holds them."""
+        """Leave out n tokens of the shared prefix, or of the only prompt: they are cached."""
         self.pending[0] = self.pending[0][n:]
         self.n_prefill -= n
-        if self.n_shared:
-            self.n_shared -= n
-            self._strip_shared()
+        self._shorten_shared(n)
 
     def skip_each(self, counts: Sequence[int]) -> None:
-        """Leave out so many tokens of each branch: their sequences hold them. Nothing is shared."""
+        """Leave out so many tokens of each branch: they are cached. Nothing is shared."""
         self.pending = [tokens[n:] for tokens, n in zip(self.pending, counts, strict=True)]
         self.n_prefill = sum(map(len, self.pending))
         self.n_shared = 0
         self._is_split = True
 
-    def _strip_shared(self) -> None:
-        if self.n_shared == 0:  # the other branches will get what the first has read
-            read = self.request.branches[0].size - self.pending[0].size
-            self.pending[1:] = [tokens[read:] for tokens in self.pending[1:]]
+    def _shorten_shared(self, n: int) -> None:
+        if self.n_shared:
+            self.n_shared -= n
+            if self.n_shared == 0:  # the other branches will get what the first has read
+                read = self.request.branches[0].size - self.pending[0].size
+                self.pending[1:] = [tokens[read:] for tokens in self.pending[1:]]
 
     def split(self, context: Context) -> None:
         """Give the prefix that was read once to all branches, when it has been read."""
@@ -159,7 +162,7 @@ class Generation:
                 context.copy(self.first_sequence, sequence)
             self._is_split = True
 
-    def plan(self, budget: int) -> list[int]:
+    def chunks(self, budget: int) -> list[int]:
         """Return how many tokens each branch is to read within a budget of rows.
 
         Either all branches come to their ends together, and there will be logits to sample from, or
@@ -170,25 +173,23 @@ class Generation:
         sizes = [len(tokens) for tokens in self.pending]
         if sum(sizes) <= budget:
             return sizes
-        takes = []
+        chunks = []
         for size in sizes:
-            takes.append(min(size - 1, budget))
-            budget -= takes[-1]
-        return takes
+            chunks.append(min(size - 1, budget))
+            budget -= chunks[-1]
+        return chunks
 
-    def add_rows(self, context: Context, takes: list[int]) -> bool:
-        """Add what was planned to the batch; return whether logits will come of it."""
-        ready = takes == [len(tokens) for tokens in self.pending]
-        for branch, take in enumerate(takes):
-            if take:
+    def add_rows(self, context: Context, chunks: list[int]) -> bool:
+        """Add so many tokens of each branch to the batch; return whether logits will come of it."""
+        ready = chunks == [len(tokens) for tokens in self.pending]
+        for branch, size in enumerate(chunks):
+            if size:
                 tokens = self.pending[branch]
-                context.add(self.first_sequence + branch, tokens[:take], output=ready)
-                self.pending[branch] = tokens[take:]
-        if self.n_shared:
-            self.n_shared -= takes[0]
-            self._strip_shared()
+                context.add(self.first_sequence + branch, tokens[:size], output=ready)
+                self.pending[branch] = tokens[size:]
+        self._shorten_shared(chunks[0])
         if self.n_tokens == 0:
-            self.n_read += sum(takes)
+            self.n_read += sum(chunks)
         return ready
 
     def advance(self, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer) -> None:
@@ -218,25 +219,20 @@ class Generation:
         self._written.append(token)
         self.pending = [np.array([token], np.int32)] * self.n_branches
         text = self._text.push(detokenizer.token_bytes(token))
+        piece = Piece(text, token, changed, None, explanation)
         if self._text.stopped:
-            self.finish("stop", text, token, changed, explanation)
+            self.finish("stop", piece)
         elif self.n_tokens >= self.request.max_tokens:
-            self.finish("length", text, token, changed, explanation)
+            self.finish("length", piece)
         else:
-            self.pieces.append(Piece(text, token, changed, None, explanation))
+            self.pieces.append(piece)
 
-    def finish(
-        self,
-        reason: FinishReason,
-        text: str = "",
-        token: int | None = None,
-        changed: bool = False,
-        explanation: Explanation | None = None,
-    ) -> None:
-        """End with a last piece, which carries all text that was held back."""
+    def finish(self, reason: FinishReason, last: Piece | None = None) -> None:
+        """End with a last piece, which gets all text that was held back."""
         if not self.is_finished:
-            text += self._text.push(b"", final=True)
-            self.pieces.append(Piece(text, token, changed, reason, explanation))
+            last = last or Piece("")
+            text = last.text + self._text.push(b"", final=True)
+            self.pieces.append(replace(last, text=text, finish_reason=reason))
             self.finish_reason = reason
             self.finished_at = time.perf_counter()
             if self.request.on_end is not None and self._written and not self._text.stopped:

@@ -6,8 +6,10 @@ import gc
 import inspect
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -23,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from amulet_gguf.engine import engine as engine_module
 from amulet_gguf.engine import generation as generation_module
+from amulet_gguf.engine import sequences as sequences_module
 from amulet_gguf.engine.answer import Piece
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
@@ -586,47 +589,165 @@ def interrupted_at(files: Sequence[str], moment: int, scenario: Callable[[], Non
         scenario()
 
 
-def test_threads_that_stream_at_once_get_exactly_their_own_pieces() -> None:
+# Threads
+
+
+def elsewhere(call: Callable[[], Any]) -> Any:
+    """What a call returns or raises in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_threads_that_ask_while_one_steps_get_exactly_their_own_pieces() -> None:
     engine, contexts = start(5)
     asked = [request(PAIR, seed=seed) for seed in range(6)] + [request(TRIO, seed=9)]
     seeds = [*range(6), 9]
     results: dict[int, list[Piece]] = {}
     barrier = threading.Barrier(len(asked))
+    is_over = threading.Event()
 
     def read(index: int) -> None:
         barrier.wait()
-        results[index] = list(engine.stream(engine.submit(asked[index])))
+        generation = engine.submit(asked[index])
+        pieces = results[index] = []
+        is_finished = False
+        while not is_finished:
+            is_finished = generation.is_finished  # asked first: the last piece may come at any moment
+            while generation.pieces:
+                pieces.append(generation.pieces.popleft())
+            old = generation.mixture
+            generation.mixture = Mixture(old.coefficients, old.reference, 0.0)  # type: ignore[arg-type]
+            if index % 3 == 2 and len(pieces) > 2:
+                engine.cancel(generation)
+            time.sleep(0.0001)
+
+    def step() -> None:
+        while not is_over.is_set():
+            engine.step()
 
     threads = [threading.Thread(target=read, args=(index,)) for index in range(len(asked))]
-    for thread in threads:
+    stepper = threading.Thread(target=step)
+    for thread in [stepper, *threads]:
         thread.start()
     for thread in threads:
         thread.join()
+    is_over.set()
+    stepper.join()
     for index, (each, seed) in enumerate(zip(asked, seeds, strict=True)):
         tokens, reason = alone(each, seed)
-        assert tokens_of(results[index]) == tokens
-        assert results[index][-1].finish_reason == reason
+        got = tokens_of(results[index])
+        assert all(piece.finish_reason is None for piece in results[index][:-1])
+        if results[index][-1].finish_reason == "cancelled":
+            assert index % 3 == 2
+            assert 2 < len(got) <= len(tokens)
+            assert got == tokens[: len(got)]
+        else:
+            assert (got, results[index][-1].finish_reason) == (tokens, reason)
     assert_all_free(contexts)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 5])
-def test_a_last_piece_from_another_thread_is_not_lost(max_tokens: int) -> None:
-    """A step of another thread falls between the reader's look for pieces and for the end."""
-    engine, _ = start()
-    asked = request(PAIR, max_tokens=max_tokens)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_second_thread_that_steps_is_refused_and_disturbs_nobody(steps: int) -> None:
+    engine, contexts = start(5)
+    mine, other = engine.submit(request(PAIR)), engine.submit(request(TRIO))
+    engine.step()
+    for _ in range(steps):
+        engine.step()
+    before = [list(tokens) for tokens in contexts.current.held], len(contexts.current.batches)
+    refused = r"another thread makes the steps of this model \(MainThread\): use AmuletService to ask"
+    with pytest.raises(EngineError, match=refused):
+        elsewhere(engine.step)
+    assert (contexts.current.held, len(contexts.current.batches)) == before
+    assert engine.n_live == 2
+    with pytest.raises(EngineError, match=refused):
+        elsewhere(lambda: list(engine.stream(other)))
+    assert other.finish_reason == "cancelled"
+    assert engine.n_live == 1
+    finish(engine)
+    assert written(mine) == alone(request(PAIR))
+    assert_all_free(contexts)
+
+
+def test_a_thread_is_refused_at_once_in_the_middle_of_a_step() -> None:
+    engine, contexts = start()
+    generation = engine.submit(request(PAIR))
+    is_decoding, may_go_on = threading.Event(), threading.Event()
+    decode = contexts.current.decode
+
+    def held_up() -> Any:
+        is_decoding.set()
+        may_go_on.wait()
+        return decode()
+
+    contexts.current.decode = held_up  # type: ignore[method-assign]
+    stepper = threading.Thread(target=finish, args=(engine,), name="the first")
+    stepper.start()
+    is_decoding.wait()
+    with pytest.raises(EngineError, match=r"\(the first\)"):
+        engine.step()
+    may_go_on.set()
+    stepper.join()
+    assert written(generation) == alone(request(PAIR))
+
+
+def test_of_threads_that_step_first_at_once_one_may() -> None:
+    for _ in range(50):
+        engine, _contexts = start()
+        outcomes: list[bool] = []
+        barrier = threading.Barrier(4)
+
+        def step(engine: Engine, outcomes: list[bool], barrier: threading.Barrier) -> None:
+            barrier.wait()
+            try:
+                engine.step()
+                outcomes.append(True)
+            except EngineError:
+                outcomes.append(False)
+            barrier.wait()  # none ends before all have tried
+
+        threads = [threading.Thread(target=step, args=(engine, outcomes, barrier)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == [False, False, False, True]
+
+
+def test_when_the_thread_that_steps_has_ended_another_takes_over() -> None:
+    engine, contexts = start()
+    generation = engine.submit(request(PAIR))
+    elsewhere(engine.step)
+    assert elsewhere(lambda: next(engine.stream(generation))).token == alone(request(PAIR))[0][0]
+    again = engine.submit(request(TRIO))
+    assert tokens_of(list(engine.stream(again))) == alone(request(TRIO))[0]
+    with pytest.raises(EngineError, match="MainThread"):
+        elsewhere(engine.step)
+    assert_all_free(contexts)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_last_piece_from_another_thread_is_not_lost(at: int) -> None:
+    """Another thread's `cancel` falls between the reader's look for pieces and for the end."""
+    engine, contexts = start()
+    asked = request(PAIR)
     generation = engine.submit(asked)
+    looks = 0
 
     class Watched(deque[Piece]):
         def __len__(self) -> int:
+            nonlocal looks
             length = super().__len__()
             if length == 0:
-                engine.step()
+                looks += 1
+                if looks == at + 1:
+                    elsewhere(lambda: engine.cancel(generation))
             return length
 
     generation.pieces = Watched()
     pieces = list(engine.stream(generation))
-    assert tokens_of(pieces) == alone(asked)[0]
-    assert pieces[-1].finish_reason == "length"
+    assert tokens_of(pieces) == alone(asked)[0][:at]
+    assert [piece.finish_reason for piece in pieces] == [None] * at + ["cancelled"]
+    assert_all_free(contexts)
 
 
 # Real contexts
@@ -813,7 +934,7 @@ def prepared() -> tuple[Engine, Any, list[Generation], Callable[[], None]]:
     return engine, contexts, generations, scenario
 
 
-FILES = [engine_module.__file__, generation_module.__file__]
+FILES = [str(module.__file__) for module in (engine_module, generation_module, sequences_module)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -941,7 +1062,7 @@ def test_an_interrupt_while_the_context_grows_leaves_a_context() -> None:
                 raise KeyboardInterrupt
             return original(n)
 
-    engine._make_context = Interrupted()
+    engine._sequences._make_context = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         engine.reserve(4)
     generation = engine.submit(request(PAIR))
@@ -959,7 +1080,7 @@ def test_an_error_that_is_not_ours_while_growing_does_not_reach_other_readers() 
             raise MemoryError
         return original(n)
 
-    engine._make_context = make
+    engine._sequences._make_context = make
     wide = engine.submit(request(TRIO))
     mine = engine.submit(request(PAIR))
     pieces = list(engine.stream(mine))

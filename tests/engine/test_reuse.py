@@ -153,6 +153,55 @@ def test_a_mixture_that_changes_acts_on_the_next_token() -> None:
     assert seen[0.0] != seen[4.0]
 
 
+@pytest.mark.parametrize("method", ["copy", "truncate", "free"])
+@pytest.mark.parametrize("skip", range(4))
+def test_a_failure_while_a_generation_is_seated_costs_it_nothing(
+    monkeypatch: pytest.MonkeyPatch, method: str, skip: int
+) -> None:
+    engine, contexts = engine_of()
+    run(engine, request([HISTORY, [*HISTORY, 4]], reuse=True, max_tokens=3))
+    original = getattr(contexts.current, method)
+    calls = iter(range(skip, -1, -1))
+
+    def fail(*arguments: int) -> None:
+        original(*arguments)
+        if next(calls, None) == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(contexts.current, method, fail)
+    asked = request([[*HISTORY, 5], [*HISTORY, 5, 6]], reuse=True, max_tokens=6)
+    generation = engine.submit(asked)
+    for _ in range(50):
+        try:
+            if not engine.step():
+                break
+        except KeyboardInterrupt:
+            pass
+    if generation.error is None:
+        written = [piece.token for piece in generation.pieces if piece.token is not None]
+        assert written == alone(asked, n_ctx=96)[0]
+
+
+def test_a_stream_collected_while_another_is_seated_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, contexts = engine_of()
+    asked = request([HISTORY], max_tokens=3)
+    first, second = engine.submit(asked), engine.submit(asked)
+    original = contexts.current.free
+
+    def free(sequence: int) -> None:
+        original(sequence)
+        engine.cancel(first)
+
+    monkeypatch.setattr(contexts.current, "free", free)
+    while engine.step():
+        pass
+    assert first.finish_reason == "cancelled"
+    assert second.is_finished
+    assert [p.token for p in second.pieces if p.token is not None] == alone(asked, n_ctx=96)[0]
+
+
 # Real contexts
 
 
@@ -223,7 +272,7 @@ def test_a_real_engine_reuses_what_it_read(any_model: Model, make_context: MakeC
         return Request(list(prompts), mixture, Sampler(), max_tokens=6, reuse=True)
 
     run(engine, asked(story, np.concatenate([story, tails[0]])))
-    held = engine._held[0]
+    held = engine._sequences._cached[0]
     assert held[: len(story)].tolist() == story.tolist()
     both = [np.concatenate([held, tails[1], tail]) for tail in (tails[1], tails[2])]
     _, generation = run(engine, asked(*both))

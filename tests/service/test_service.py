@@ -391,7 +391,7 @@ def test_a_step_that_fails_ends_what_ran_and_nothing_else(
 ) -> None:
     running = service(n_sequences=4)
     gate = Gate(running)
-    context = running.wait_ready().engine._context
+    context = running.wait_ready().engine._sequences.context
     live = [running.stream("x", prefer="concise", max_tokens=LONG) for _ in range(2)]
     gate.allow_until(lambda: all(stream._job.has_more for stream in live))
     waiting = running.stream("y", prefer="concise", max_tokens=5)
