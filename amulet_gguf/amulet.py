@@ -192,7 +192,7 @@ class Amulet:
         """Answer one prompt with several settings, all at once in one context.
 
         Args:
-            prompt, messages: as in `stream`. What is held of a conversation is reused.
+            prompt, messages: as in `stream`. What is cached of a conversation is reused.
             settings: by a name of your choice.
             on_piece: called with that name and each piece as it is written.
 

@@ -34,7 +34,7 @@ class Host(Protocol[AnyStream]):
 
 
 class Conversation(Generic[AnyStream]):
-    """Messages between the user and the model, held in the model's cache as they grow.
+    """Messages between the user and the model, cached as they grow.
 
     One answer at a time; with a service, all but `ask` wait for its model to be loaded.
 

@@ -85,7 +85,7 @@ class Engine:
             self._sequences.reserve(n_sequences)
 
     def save(self, prompt: Tokens) -> tuple[Tokens, bytes] | None:
-        """Return the longest beginning of a prompt that is cached in a free sequence, and its memory.
+        """Return the longest beginning of a prompt that is cached in a free sequence, and that cache.
 
         What is cached there beyond it is left out, if the model can cut it. None: nothing is cached.
         """

@@ -157,7 +157,7 @@ class Scorer:
         return self._planner.template.encode(messages).tokens
 
     def _read(self, prompt: Tokens) -> int:
-        """Return the sequence that holds a prompt, reading it if none does."""
+        """Return the sequence where a prompt is cached, reading it if there is none."""
         name = prompt.tobytes()
         if name in self._prompts:
             self._prompts.move_to_end(name)

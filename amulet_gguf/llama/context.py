@@ -36,7 +36,7 @@ class Context:
     Not safe for use by two threads at once.
 
     Attributes:
-        n_ctx: tokens each sequence holds (what was asked, rounded up to a multiple of 256).
+        n_ctx: tokens each sequence can hold (what was asked, rounded up to a multiple of 256).
         n_sequences: how many there are; they are numbered from 0.
         n_batch: rows one `decode` takes at most.
         n_threads: CPU threads of one `decode`.
@@ -112,7 +112,7 @@ class Context:
                 f"{because()}: lower n_ctx or the number of preferences"
             )
         self._finalizer = weakref.finalize(self, lib.llama_free, self._context)
-        self._memory = lib.llama_get_memory(self._context)
+        self._cache = lib.llama_get_memory(self._context)
         self.n_ctx = int(lib.llama_n_ctx_seq(self._context))
         self.n_sequences = n_sequences
         self.n_batch = int(lib.llama_n_batch(self._context))
@@ -249,7 +249,7 @@ class Context:
         if source != target:
             self.free(target)
             # Only whole sequences: without a unified cache, llama.cpp aborts on a part of one.
-            lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            lib.llama_memory_seq_cp(self._cache, source, target, -1, -1)
             self._lengths[target] = self._lengths[source]
 
     @property
@@ -273,15 +273,15 @@ class Context:
         if length == self._lengths[sequence]:
             return
         if length > 0 and not (
-            self.can_truncate and lib.llama_memory_seq_rm(self._memory, sequence, length, -1)
+            self.can_truncate and lib.llama_memory_seq_rm(self._cache, sequence, length, -1)
         ):
-            raise EngineError("the model's memory cannot be cut: free the sequence and read it again")
+            raise EngineError("the model's cache cannot be cut: free the sequence and read it again")
         if length == 0:
             self.free(sequence)
         self._lengths[sequence] = length
 
     def save(self, sequence: int) -> bytes:
-        """Return the memory of a sequence, for `restore` of a context of the same model.
+        """Return the cache of a sequence, for `restore` of a context of the same model.
 
         Raises:
             EngineError: no such sequence, or rows wait for `decode`.
@@ -317,7 +317,7 @@ class Context:
         array = np.frombuffer(data, np.uint8)
         pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         read = lib.llama_state_seq_set_data(self._context, pointer, len(data), sequence)
-        end = lib.llama_memory_seq_pos_max(self._memory, sequence)
+        end = lib.llama_memory_seq_pos_max(self._cache, sequence)
         if read == 0 or end + 1 != length:
             self.free(sequence)
             raise EngineError(f"llama.cpp could not restore {length} tokens of a saved conversation")
@@ -330,12 +330,12 @@ class Context:
             raise EngineError(f"no sequence {sequence}: there are {self.n_sequences}")
         if sequence in self._sequences[: self._n_rows]:
             raise EngineError(f"rows of sequence {sequence} wait to be decoded: decode or clear first")
-        lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        lib.llama_memory_seq_rm(self._cache, sequence, -1, -1)
         self._lengths[sequence] = 0
 
     def clear(self) -> None:
         """Empty all sequences and forget rows that were added."""
         self._check_open()
-        lib.llama_memory_clear(self._memory, True)
+        lib.llama_memory_clear(self._cache, True)
         self._lengths = [0] * self.n_sequences
         self._n_rows = self._n_outputs = 0

@@ -158,7 +158,7 @@ class ChatTemplate:
         Args:
             known: tokens of a text that the prompt may begin with, such as that of the turns before.
                 A model can write a text in other tokens than its tokenizer would, and those that it
-                wrote are the ones that its memory holds.
+                wrote are the ones that are cached.
 
         Raises:
             PromptError: the template refuses the conversation, fails, or takes too long.

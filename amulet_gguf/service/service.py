@@ -146,7 +146,7 @@ class AmuletService:
     ) -> ServiceStream:
         """Ask for an answer, and return at once, even while the model is being loaded.
 
-        What the model holds of a conversation from answers before is not read again.
+        What is cached of a conversation from answers before is not read again.
 
         Args:
             prompt, messages, text: exactly one of them: see `Amulet.stream` and `Planner.request`.
