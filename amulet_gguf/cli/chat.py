@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from amulet_gguf.cli import slash
 from amulet_gguf.cli.options import (
     loaded,
     loading_from,
@@ -18,13 +17,13 @@ from amulet_gguf.cli.options import (
     settings_options,
     typed_settings,
 )
-from amulet_gguf.cli.talk import Chat
-from amulet_gguf.conversation import sessions
 from amulet_gguf.errors import AmuletError, SettingError
 from amulet_gguf.settings import SETTINGS, describe
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+
+    from amulet_gguf.cli.talk import Chat
 
 
 _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
@@ -55,6 +54,9 @@ def chat(
 
     from rich.console import Console
 
+    from amulet_gguf.cli.talk import Chat
+    from amulet_gguf.conversation import sessions
+
     if resume == "":
         resume = next(iter(sessions.names()), None)
         if resume is None:
@@ -79,6 +81,8 @@ def chat(
 
 def run(chat: Chat, lines: Iterable[str]) -> bool:
     """Answer lines until they end; return whether one of them failed."""
+    from amulet_gguf.cli import slash
+
     failed = False
     for line in lines:
         text = line.strip()
@@ -127,6 +131,7 @@ def _line_editor() -> PromptSession[str]:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import ColorDepth
 
+    from amulet_gguf.cli import slash
     from amulet_gguf.home.paths import history_file
 
     class SlashCompleter(Completer):

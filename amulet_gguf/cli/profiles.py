@@ -15,8 +15,6 @@ from amulet_gguf.cli.options import (
     typed_settings,
 )
 from amulet_gguf.errors import ConfigError
-from amulet_gguf.home import config
-from amulet_gguf.home.paths import config_file
 from amulet_gguf.settings import LOADING
 
 
@@ -32,6 +30,8 @@ def profiles() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def list_profiles(as_json: bool) -> None:
     """List profiles; the default one has a star."""
+    from amulet_gguf.home import config
+
     found = config.load_config()
     if as_json:
         click.echo(json.dumps({"default": found.profile, "profiles": found.profiles}, default=str))
@@ -65,6 +65,8 @@ def list_profiles(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def show(name: str, as_json: bool) -> None:
     """Show a profile as TOML."""
+    from amulet_gguf.home import config
+
     values = config.load_config().values(name)
     if as_json:
         click.echo(json.dumps(values, default=str))
@@ -86,6 +88,8 @@ def add(name: str, replace: bool, is_default: bool, **options: Any) -> None:
     \b
     amulet profiles add work --prefer concise --prefer formal:0.5 --strength 4 --default
     """
+    from amulet_gguf.home import config
+
     others = {key: options[key] for key in (*LOADING, "preset") if options[key] is not None}
     values = {**typed_settings(options), **others}
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
@@ -102,6 +106,8 @@ def add(name: str, replace: bool, is_default: bool, **options: Any) -> None:
 @click.argument("name", shell_complete=complete_profiles)
 def rm(name: str) -> None:
     """Remove a profile."""
+    from amulet_gguf.home import config
+
     config.remove_profile(name)
 
 
@@ -110,6 +116,8 @@ def rm(name: str) -> None:
 @click.option("--clear", is_flag=True, help="Have no default profile.")
 def default(name: str | None, clear: bool) -> None:
     """Show the default profile, or make NAME it."""
+    from amulet_gguf.home import config
+
     if clear or name:
         config.set_default_profile(None if clear else name)
     elif current := config.load_config().profile:
@@ -124,6 +132,9 @@ def edit() -> None:
 
     It takes the place of the old one only if it has no mistake.
     """
+    from amulet_gguf.home import config
+    from amulet_gguf.home.paths import config_file
+
     path = config_file()
     try:
         text = path.read_text("utf-8") if path.exists() else config.SKELETON
