@@ -21,6 +21,8 @@ Each message is one line that says what is wrong and what to do about it.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class AmuletError(Exception):
     """Base of all errors raised on purpose by `amulet_gguf`."""
@@ -109,3 +111,12 @@ class ConfigError(AmuletError):
 
 class SessionError(AmuletError):
     """A saved conversation is missing, damaged, or from a newer version."""
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: its beginning, on one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        text = f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= 200 else f"{text[:200]}…"

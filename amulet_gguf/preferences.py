@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeGuard
 
-from amulet_gguf.errors import SettingError
+from amulet_gguf.errors import SettingError, shown
 
 _NAMES: Final = (
     "complex",
@@ -51,15 +51,18 @@ class Preference:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise _refused(f"a preference must be a text, got {shown(self.text)}")
         text = self.text.strip()
         if not text:
             raise _refused(f"a preference is empty: name one of {', '.join(PRESETS)}, or write one")
         if len(text) > _MAX_TEXT:
             raise _refused(f"a preference may have {_MAX_TEXT} characters, got {len(text)}")
-        if not isinstance(self.weight, (int, float)) or not -MAX_WEIGHT <= self.weight <= MAX_WEIGHT:
+        is_number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
+        if not is_number or not -MAX_WEIGHT <= self.weight <= MAX_WEIGHT:
             raise _refused(
                 f"the weight of preference {text!r} must be a number from {-MAX_WEIGHT:g} to "
-                f"{MAX_WEIGHT:g}, got {self.weight}"
+                f"{MAX_WEIGHT:g}, got {shown(self.weight)}"
             )
         name = text.lower()
         if name in PRESETS:
@@ -118,7 +121,7 @@ def as_preferences(prefer: PreferencesLike) -> tuple[Preference, ...]:
     if isinstance(prefer, (str, Preference)) or _is_pair(prefer):
         prefer = [prefer]
     if not isinstance(prefer, Iterable) or isinstance(prefer, Mapping):
-        raise _refused(f"expected preferences as text or (text, weight), got {prefer!r}")
+        raise _refused(f"expected preferences as text or (text, weight), got {shown(prefer)}")
     preferences = tuple(map(_as_preference, prefer))
     if len(preferences) > MAX_PREFERENCES:
         raise _refused(f"at most {MAX_PREFERENCES} preferences, got {len(preferences)}")
@@ -135,7 +138,7 @@ def _as_preference(item: object) -> Preference:
     if isinstance(item, list):
         item = tuple(item)
     if not _is_pair(item):
-        raise _refused(f"expected a preference as text or (text, weight), got {item!r}")
+        raise _refused(f"expected a preference as text or (text, weight), got {shown(item)}")
     return Preference(*item)
 
 

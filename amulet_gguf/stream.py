@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypedDict
 from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
-from amulet_gguf.errors import SettingError
+from amulet_gguf.errors import AmuletError, SettingError
 from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings
@@ -34,7 +35,7 @@ class JobOptions(TypedDict, total=False):
         on_prefill: called on the thread that makes the engine's steps; must return soon. If it raises,
             the answer fails with that.
         on_end: called once, by who takes the pieces: when the last was taken, the answer failed, or its
-            stream was closed.
+            stream was closed (not where it was merely dropped).
     """
 
     is_adjustable: bool
@@ -83,8 +84,9 @@ class Job:
 
     def remix(self, _engine: Engine, planner: Planner) -> None:
         """Give it the mixture of its settings; an `Action`."""
-        if self.generation is not None:
-            self.generation.mixture = planner.mixture(self.settings)
+        with self.lock:  # the mixture of older settings must not come last
+            if self.generation is not None:
+                self.generation.mixture = planner.mixture(self.settings)
 
 
 class AnswerStream(Iterator[Piece]):
@@ -208,6 +210,9 @@ class AnswerStream(Iterator[Piece]):
         return self._whole()
 
     def _whole(self) -> Answer:
+        generation = self._job.generation
+        if generation is not None and generation.error is not None:
+            raise generation.error
         reason = self.pieces[-1].finish_reason if self.pieces else None
         return Answer(self.text, reason or "cancelled", self.usage, self.timings, self.pieces)
 
@@ -226,4 +231,9 @@ class Stream(AnswerStream):
     def close(self) -> None:
         """Cancel what is not written yet; nothing more can be taken."""
         super().close()
-        self._written.close()
+        with contextlib.suppress(ValueError):  # it is at work, further down this stack or elsewhere
+            self._written.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AmuletError):
+            self.cancel()

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 COMMANDS = ROOT / "amulet_gguf" / "cli" / "README.md"
 GUIDES = sorted((ROOT / "amulet_gguf").rglob("*.md"))
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "models").glob("*.md"), *GUIDES])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("models/*.md"), *GUIDES])
 #: Words by which the tests below find the Python examples that they run.
 EXAMPLES = ("Amulet.load", "AmuletService", "OpenAI")
 

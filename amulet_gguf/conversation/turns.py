@@ -36,7 +36,8 @@ class Host(Protocol[AnyStream]):
 class Conversation(Generic[AnyStream]):
     """Messages between the user and the model, cached as they grow.
 
-    One answer at a time; with a service, all but `ask` wait for its model to be loaded.
+    One answer at a time: what changes the messages meanwhile wins, and the answer is not kept. With a
+    service, all but `ask` wait for its model to be loaded.
 
     Attributes:
         messages: user and assistant in turn; the system prompt is in `settings`.
@@ -87,9 +88,10 @@ class Conversation(Generic[AnyStream]):
             if stream.settings is not asked:
                 now = stream.settings
                 self.settings = self.settings.replace(prefer=now.prefer, strength=now.strength)
-            if stream.text:  # one without an answer is left out: the user can ask again
+            # One without an answer is left out: the user can ask again.
+            if stream.text and self.messages == messages[:-1]:
                 self.messages = [*messages, {"role": "assistant", "content": stream.text}]
-                self.pieces = stream.pieces
+                self.pieces = list(stream.pieces)
 
         return self._host.start(plan, asked, is_adjustable=True, on_prefill=on_prefill, on_end=add)
 

@@ -64,7 +64,7 @@ class Sequences:
         """See `Engine.save`."""
         found = [(self._usable(cached, prompt), sequence) for sequence, cached in self._cached.items()]
         length, sequence = max(found, default=(0, 0))
-        if length == 0:
+        if length < _MIN_REUSED:  # not worth what would be cut off behind it
             return None
         self.context.truncate(sequence, length)
         self._cached[sequence] = prompt[:length]

@@ -6,6 +6,7 @@ its cache holds, so that a conversation that goes on must begin with them, or it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections import OrderedDict, deque
@@ -57,8 +58,11 @@ class Transcripts:
         with self._lock:
             while self._noted:
                 asked, tokens = self._noted.popleft()
-                text = b"".join(map(self._token_bytes, tokens)).decode("utf-8", "replace")
-                self._add(_Answer(asked, text, tokens))
+                parts = [self._token_bytes(token) for token in tokens]
+                # Control tokens, and halves of characters, are not what their text says.
+                with contextlib.suppress(UnicodeDecodeError):
+                    if all(parts):
+                        self._add(_Answer(asked, b"".join(parts).decode(), tokens))
             for key in reversed(list(_keys(messages))):
                 if key in self._answers:
                     self._answers.move_to_end(key)

@@ -139,8 +139,10 @@ class CompletionRequest(_Request):
         return self.logprobs
 
 
-class Adjustment(_Asked):
+class Adjustment(BaseModel):
     """PATCH /v1/chat/completions/{id}."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
 
     strength: float | None = None
     weights: list[float] | None = None

@@ -47,7 +47,8 @@ class ServiceJob(Job):
     def begin(self, generation: Generation) -> None:
         with self.lock:
             self.generation = generation
-            self.pieces = generation.pieces
+            if not self.is_cancelled:  # else its last piece is there
+                self.pieces = generation.pieces
         self.notify()
 
     def give_up(self) -> None:
@@ -65,7 +66,7 @@ class ServiceJob(Job):
     def fail(self, error: BaseException) -> None:
         if self.generation is not None:
             self.generation.fail(error)
-        else:
+        elif not self.is_cancelled:
             self.error = error
         self.notify()
 
@@ -93,7 +94,11 @@ class ServiceJob(Job):
                     return
                 future = loop.create_future()
                 self._waiters.append((loop, future))
-            await future
+            try:
+                await future
+            finally:  # a task that is cancelled waits no more
+                with self.lock, contextlib.suppress(ValueError):
+                    self._waiters.remove((loop, future))
 
     def take(self) -> Piece | None:
         """Return the next piece, or None after the last; only one caller, after waiting.

@@ -1104,3 +1104,19 @@ def test_nan_models_leave_neighbours_alone(load: Load, make_context: MakeContext
     assert first.error is not None
     assert second.error is not None
     assert first.error is not second.error
+
+
+def test_a_generation_cancelled_in_the_middle_of_its_token_has_one_last_piece() -> None:
+    """As a signal's handler or a destructor may do."""
+    engine, _ = start()
+    generation = engine.submit(request(PAIR))
+
+    class Cancelling(FakeVocabulary):
+        def token_bytes(self, token: int) -> bytes:
+            if generation.n_tokens == 2:
+                engine.cancel(generation)
+            return super().token_bytes(token)
+
+    engine._detokenizer = Cancelling()
+    reasons = [piece.finish_reason for piece in engine.stream(generation)]
+    assert reasons == [None, "cancelled"]

@@ -80,6 +80,19 @@ def test_the_oldest_answers_are_forgotten(transcripts: Transcripts, tiny_model: 
     assert transcripts.known(turns("1", "hello")) is not None
 
 
+def test_what_is_not_what_its_text_says_is_not_remembered(
+    transcripts: Transcripts, tiny_model: Model
+) -> None:
+    """A client could put control tokens, or halves of characters, into another one's prompt."""
+    control = int(tiny_model.tokenize("<|im_start|>", special=True)[0])
+    assert tiny_model.token_bytes(control) == b""
+    half = next(token for token in range(tiny_model.n_vocab) if tiny_model.token_bytes(token) == b"\xc3")
+    hello = tiny_model.tokenize("hello").tolist()
+    for tokens, text in (([*hello, control], "hello"), ([control], ""), ([*hello, half], "hello\ufffd")):
+        transcripts.note(HI, tokens)
+        assert transcripts.known(turns("Hi", text, "Well?")) is None
+
+
 # Faces
 
 
@@ -93,11 +106,14 @@ def test_a_service_that_is_sent_texts_goes_on_with_the_tokens_that_it_wrote(
     service: AmuletService,
 ) -> None:
     """At a high temperature a model hardly ever writes what its tokenizer would."""
-    settings = Settings(max_tokens=40, temperature=3.0, seed=1)
     model = service.wait_ready().model
-    with service.stream(messages=HI, settings=settings) as stream:
-        answer = stream.answer()
-    written = [piece.token for piece in answer.pieces if piece.token is not None]
+    for seed in range(50):  # until nothing of it is a control token or half a character
+        settings = Settings(max_tokens=24, temperature=3.0, seed=seed)
+        answer = service.stream(messages=HI, settings=settings).answer()
+        written = [piece.token for piece in answer.pieces if piece.token is not None]
+        parts = list(map(model.token_bytes, written))
+        if all(parts) and b"".join(parts) == answer.text.encode():
+            break
     assert written != model.tokenize(answer.text).tolist()
     messages = [*HI, {"role": "assistant", "content": answer.text}, MORE]
     with service.stream(messages=messages, settings=settings) as stream:
@@ -154,3 +170,12 @@ def test_a_failed_answer_adds_nothing(service: AmuletService) -> None:
         conversation.ask(" ").answer()
     assert conversation.messages == []
     assert np.isfinite(conversation.room("x"))
+
+
+def test_an_answer_is_not_kept_in_messages_that_changed_meanwhile(service: AmuletService) -> None:
+    conversation = Conversation(service, Settings(max_tokens=6))
+    conversation.ask("How are you?").answer()
+    stream = conversation.ask("And?")
+    conversation.clear()
+    assert stream.answer().text
+    assert conversation.messages == []
