@@ -161,6 +161,7 @@ class Amulet:
         Raises:
             As `stream`.
         """
+        settings = self.planner.resolve(settings)
         job = Job(settings, **options)
         job.generation = self.engine.submit(plan(self.planner, settings))
         return Stream(job, self.engine, self.planner)

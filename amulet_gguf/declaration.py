@@ -12,11 +12,12 @@ import difflib
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
-from amulet_gguf.errors import SettingError
+from amulet_gguf.errors import SettingError, shown
 from amulet_gguf.preferences import as_preferences
 
 Kind: TypeAlias = Literal[
@@ -29,6 +30,7 @@ _SWITCH: Final = {
 }  # fmt: skip
 
 
+_ID: Final = re.compile(r"[0-9]{1,10}")
 _MAX_TEXTS: Final = 16_384  # characters; each token is compared with all of them
 _TYPES: Final[dict[Kind, tuple[type, ...]]] = {
     "number": (int, float),
@@ -53,6 +55,7 @@ class Setting:
         off: the option that turns a switch off.
         metavar: of its values in help.
         otherwise: the default in words, where the value does not say it.
+        words: that may stand for values, such as "auto".
     """
 
     help: str
@@ -65,6 +68,7 @@ class Setting:
     off: str = ""
     metavar: str = ""
     otherwise: str = ""
+    words: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_number(self) -> bool:
@@ -76,6 +80,8 @@ class Setting:
         Raises:
             SettingError: there is no number where one is needed, or no JSON behind a bracket.
         """
+        if text.lower() in self.words:
+            return self.words[text.lower()]
         if self.default is None and text.lower() in ("none", "null"):
             return None
         if self.is_number:
@@ -89,7 +95,8 @@ class Setting:
                 try:
                     return json.loads(text)
                 except (ValueError, RecursionError) as error:
-                    raise SettingError(f"{name} begins like JSON and is none: {error}", name) from None
+                    if self.kind != "texts":  # they may well begin so
+                        raise SettingError(f"{name} is not valid JSON: {error}", name) from None
             return [text]
         return text
 
@@ -108,13 +115,14 @@ class Setting:
         if self.is_number:
             kind = "whole number" if self.kind == "whole" else "number"
             expected = f"a {kind} from {self.low} to {self.high}"
+            expected += "".join(f", or {word}" for word in self.words)
         elif self.kind == "switch":
             expected = "true or false"
         elif self.kind == "choice":
             expected = f"one of {', '.join(self.choices)}"
         else:
             expected = "a text" + (" or None" if self.default is None else "")
-        return SettingError(f"{name} must be {expected}, got {value!r}", name)
+        return SettingError(f"{name} must be {expected}, got {shown(value)}", name)
 
     def checked(self, name: str, value: Any) -> Any:
         """Return a value in the one form that is kept.
@@ -122,6 +130,8 @@ class Setting:
         Raises:
             SettingError: it is not possible.
         """
+        if isinstance(value, str) and value in self.words:
+            value = self.words[value]
         if value is None and self.default is None:
             return None
         if self.kind == "preferences":
@@ -134,7 +144,7 @@ class Setting:
             is_good = isinstance(value, _TYPES[self.kind]) and not isinstance(value, bool)
             is_good = is_good and self.low <= value <= self.high
         elif self.kind == "choice":
-            is_good = value in self.choices
+            is_good = isinstance(value, str) and value in self.choices
         else:
             is_good = isinstance(value, _TYPES[self.kind])
         if not is_good:
@@ -178,11 +188,11 @@ def find(name: str, known: Mapping[str, Setting]) -> Setting:
 
 def _as_texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, Iterable) or isinstance(value, Mapping):
-        raise SettingError(f"{name} must be a text or several, got {value!r}", name)
+        raise SettingError(f"{name} must be a text or several, got {shown(value)}", name)
     texts = (value,) if isinstance(value, str) else tuple(value)
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise SettingError(f"{name}: expected texts that are not empty, got {text!r}", name)
+            raise SettingError(f"{name}: expected texts that are not empty, got {shown(text)}", name)
     if sum(map(len, texts)) > _MAX_TEXTS:
         raise SettingError(f"{name}: at most {_MAX_TEXTS} characters in all", name)
     return texts
@@ -195,21 +205,24 @@ def as_biases(name: str, value: Any, low: float, high: float) -> tuple[tuple[int
         value: a mapping or pairs of these, or texts as TOKEN:BIAS. A text of digits is an id, as in
             JSON, where no key is a number.
     """
+    if value is None:
+        return ()
     if isinstance(value, str):
         value = [value]
     if isinstance(value, Mapping):
         value = value.items()
     if not isinstance(value, Iterable):
-        raise SettingError(f"{name} must give numbers to token ids or texts, got {value!r}", name)
+        raise SettingError(f"{name} must give numbers to token ids or texts, got {shown(value)}", name)
     biases = []
     for item in value:
         token, bias = _pair(name, item)
-        if isinstance(token, str) and token.isdecimal() and token.isascii():
+        if isinstance(token, str) and _ID.fullmatch(token):
             token = int(token)
-        if isinstance(token, bool) or not isinstance(token, (int, str)) or token in ("", -1):
-            raise SettingError(f"{name}: {token!r} is neither the id of a token nor a text", name)
+        is_id = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31
+        if not is_id and not (isinstance(token, str) and token):
+            raise SettingError(f"{name}: {shown(token)} is neither the id of a token nor a text", name)
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not low <= bias <= high:
-            message = f"{name} of {token!r} must be a number from {low} to {high}, got {bias!r}"
+            message = f"{name} of {token!r} must be a number from {low} to {high}, got {shown(bias)}"
             raise SettingError(message, name)
         biases.append((token, float(bias)))
     return tuple(biases)
@@ -221,7 +234,7 @@ def _pair(name: str, item: Any) -> tuple[Any, Any]:
         try:
             return token, float(bias)
         except ValueError:
-            raise SettingError(f"{name}: expected TOKEN:BIAS, got {item!r}", name) from None
+            raise SettingError(f"{name}: expected TOKEN:BIAS, got {shown(item)}", name) from None
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return item[0], item[1]
-    raise SettingError(f"{name}: expected a token and its bias, got {item!r}", name)
+    raise SettingError(f"{name}: expected a token and its bias, got {shown(item)}", name)

@@ -14,6 +14,7 @@ import llm
 from pydantic import Field, create_model
 
 from amulet_gguf.declaration import Kind, Setting
+from amulet_gguf.preferences import parse_preferences
 from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def _options() -> type[llm.Options]:
     """Return what `-o NAME VALUE` takes: the declared settings, and how to load the model."""
     types: dict[Kind, Any] = {"number": float, "whole": int, "switch": bool}
     fields: dict[str, Any] = {
-        name: (types.get(each.kind, str) | None, Field(None, description=each.help))
+        name: (
+            (float | str if each.words else types.get(each.kind, str)) | None,
+            Field(None, description=each.help),
+        )
         for name, each in {**SETTINGS, **LOADING}.items()
         if name != "system"  # llm has an option of its own
     }
@@ -60,11 +64,11 @@ def _settings(options: Any, system: str | None) -> Settings:
     from amulet_gguf.home.config import load_config
 
     settings = Settings()
-    if options.profile:
+    if options.profile not in (None, "none"):
         settings = load_config().settings(options.profile, settings)
     given = _given(options, SETTINGS)
-    if isinstance(options.prefer, str) and options.prefer[:1] != "[":
-        given["prefer"] = [part for part in options.prefer.split(";") if part.strip()]
+    if isinstance(options.prefer, str) and options.prefer[:1] != "[" and given["prefer"]:
+        given["prefer"] = parse_preferences(options.prefer)
     if system:
         given["system"] = system
     return dataclasses.replace(settings, **given)
@@ -72,9 +76,14 @@ def _settings(options: Any, system: str | None) -> Settings:
 
 def _service(options: Any) -> AmuletService:
     """Return the model that is asked for, which stays loaded for the prompts after."""
+    from amulet_gguf.home.config import load_config
     from amulet_gguf.service.service import AmuletService
 
-    key = Loading(**_given(options, LOADING))
+    profile: Mapping[str, Any] = {}
+    if options.profile not in (None, "none"):
+        profile = load_config().values(options.profile)
+    chosen = {name: each for name, each in profile.items() if name in LOADING}
+    key = Loading(**{**chosen, **_given(options, LOADING)})
     with _lock:
         if key not in _loaded or _loaded[key].is_closed:
             for service in _loaded.values():  # one is enough for a machine

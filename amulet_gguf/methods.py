@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from amulet_gguf.declaration import find
@@ -17,10 +19,59 @@ LINEAR_ALIGNMENT: Final = 3.0
 METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
     "base": {"prefer": (), "strength": 0.0},
     "prompting": {"strength": 1.0},
-    "linear-alignment": {"strength": LINEAR_ALIGNMENT, "adapt": "none", "withhold_echo": False},
+    "linear-alignment": {"strength": LINEAR_ALIGNMENT, "fade": 0.0, "withhold_echo": False},
     "amulet": {},
 }
 _CHANGE: Final = re.compile(r",(?=\s*[a-z_-]+=)")  # a comma of a JSON value is followed by no FIELD=
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What models up to some size bear, as blind readers found (`evaluation/README.md`)."""
+
+    n_parameters: float
+    strength: float
+    fade: float
+    fade_to: float
+
+
+AUTO: Final = (
+    Auto(0.3e9, 1.0, 0.0, 1.0),  # every amplification lost to prompting
+    Auto(math.inf, 6.65, 48.0, 2.0),
+)
+
+
+def auto_for(n_parameters: int) -> Auto:
+    """Return what a model of so many parameters bears."""
+    return next(each for each in AUTO if n_parameters <= each.n_parameters)
+
+
+def describe_auto(n_parameters: int) -> str:
+    """Say in a line what is chosen for a model, and why."""
+    auto = auto_for(n_parameters)
+    what = f"{auto.strength:g}"
+    if auto.fade:
+        what += f", fading to {auto.fade_to:g} ({auto.fade:g} tokens)"
+    known = [each.n_parameters for each in AUTO if not math.isinf(each.n_parameters)]
+    size = (
+        f"at most {auto.n_parameters / 1e9:g}"
+        if auto is not AUTO[-1]
+        else f"more than {known[-1] / 1e9:g}"
+    )
+    return (
+        f"{what}: what readers preferred with models of {size} billion parameters; this one has "
+        f"{n_parameters / 1e9:.2g}"
+    )
+
+
+def resolve(settings: Settings, n_parameters: int) -> Settings:
+    """Return settings with numbers for what is left to the model."""
+    auto = auto_for(n_parameters)
+    return settings.replace(
+        strength=auto.strength if settings.strength is None else settings.strength,
+        fade=auto.fade if settings.fade is None else settings.fade,
+        fade_to=auto.fade_to if settings.fade_to is None else settings.fade_to,
+    )
 
 
 def named(name: str, shared: Settings) -> Settings:

@@ -16,8 +16,6 @@ from amulet_gguf.preferences import PRESETS, Preference, PreferencesLike, as_pre
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-#: How the strength follows the distributions of each token.
-Adapt: TypeAlias = Literal["none", "divergence", "entropy"]
 #: Where branches carry the preference.
 Placement: TypeAlias = Literal["turn", "system"]
 #: What `logit_bias` takes: numbers by token id or text.
@@ -40,9 +38,10 @@ class Options(TypedDict, total=False):
     """The fields of `Settings` as keyword arguments, with the types that are accepted for them."""
 
     prefer: PreferencesLike
-    strength: float
+    strength: float | Literal["auto"] | None
+    fade: float | Literal["auto", "none"] | None
+    fade_to: float | Literal["auto"] | None
     plausibility: float
-    adapt: Adapt
     withhold_echo: bool
     placement: Placement
     system: str | None
@@ -69,7 +68,9 @@ class Settings(Declared):
 
     - plausibility guards extrapolation, and does nothing where there is none (positive weights whose sum
       times strength is at most 1, or no preferences).
-    - adapt: see `amulet_gguf.method.adaptive.adapted`. Without extrapolation it does nothing.
+    - strength, fade, fade_to: at token t of an answer the strength is
+      `fade_to + (strength - fade_to) exp(-t / fade)`, constant where fade is 0 or strength below
+      fade_to. None: what `amulet_gguf.methods.resolve` finds for the model.
     - temperature and all that follows: see `amulet_gguf.method.sampling.Sampler`.
 
     Raises:
@@ -90,29 +91,43 @@ class Settings(Declared):
         flag="-p",
         metavar="TEXT[:WEIGHT]",
     )
-    strength: float = setting(
-        5.65,
+    strength: float | None = setting(
+        None,
         "0: the base model, 1: ordinary prompting, more: amplified beyond it.",
         low=-100,
         high=1000,
         flag="-s",
+        metavar="NUMBER",
+        words={"auto": None},
+        otherwise="what the model bears",
+    )
+    fade: float | None = setting(
+        None,
+        "Tokens of an answer after which a third is left of the strength above --fade-to; none: all.",
+        low=0,
+        high=1_000_000,
+        metavar="TOKENS",
+        words={"auto": None, "none": 0.0},
+        otherwise="what the model bears",
+    )
+    fade_to: float | None = setting(
+        None,
+        "Strength that a fading one comes down to; a lower --strength is constant.",
+        low=0,
+        high=1000,
+        metavar="NUMBER",
+        words={"auto": None},
+        otherwise="what the model bears",
     )
     plausibility: float = setting(
-        0.1,
+        0.2,
         "Rule out tokens less probable than this share of the best one, by ordinary prompting.",
         low=0,
         high=1,
     )
-    adapt: Adapt = setting(
-        "divergence",
-        "Go to the full strength at every token (none), or as far as the preference makes a difference "
-        "to it, or as far as prompting is uncertain of it.",
-        "choice",
-        choices=get_args(Adapt),
-    )
     withhold_echo: bool = setting(
         True,
-        "Amplify the words of the preference itself, or not.",
+        "Leave the words of the preference itself as they are, or amplify them, too.",
         "switch",
         off="--amplify-echo",
         otherwise="withhold",
@@ -146,8 +161,8 @@ class Settings(Declared):
     )
     logit_bias: tuple[tuple[int | str, float], ...] = setting(
         (),
-        "Add a number to the logits of a token, by its id, or of all tokens of a text: -100 bans them. "
-        "Repeatable.",
+        "Add a number to the logits of a token, by its id, or of a text's tokens (' the' is not 'the'): "
+        "-100 bans them. Repeatable.",
         "biases",
         low=-100,
         high=100,
@@ -158,9 +173,10 @@ class Settings(Declared):
     def __post_init__(self) -> None:
         super().__post_init__()
         total = math.fsum(abs(preference.weight) for preference in self.prefer)
-        if abs(self.strength) * total > SETTINGS["strength"].high:
+        most = max(abs(self.strength or 0), self.fade_to or 0)
+        if most * total > SETTINGS["strength"].high:
             raise SettingError(
-                f"strength {self.strength:g} times weights of {total:g} is too large: lower one of them",
+                f"strength {most:g} times weights of {total:g} is too large: lower one of them",
                 "strength",
             )
 
@@ -185,8 +201,8 @@ class Settings(Declared):
         return cls(
             prefer=as_preferences(prefer),
             strength=PAPER_STRENGTH,
+            fade=0.0,
             plausibility=0.0,
-            adapt="none",
             withhold_echo=False,
             placement="system",
             system=PAPER_SYSTEM,
@@ -200,14 +216,15 @@ SETTINGS: Final = declared(Settings)
 
 
 def describe(settings: Settings) -> str:
-    """Return preferences and strength in few words: "concise, formal:0.5 · strength 5.65"."""
+    """Return preferences and strength in few words: "concise, formal:0.5 · strength 3"."""
     if not settings.prefer:
         return "no preference"
     parts = []
     for preference in settings.prefer:
         name = preference.name if len(preference.name) <= 40 else preference.name[:39] + "…"
         parts.append(name if preference.weight == 1 else f"{name}:{preference.weight:g}")
-    return f"{', '.join(parts)} · strength {settings.strength:g}"
+    strength = "auto" if settings.strength is None else f"{settings.strength:g}"
+    return f"{', '.join(parts)} · strength {strength}"
 
 
 class LoadOptions(TypedDict, total=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from fixture_types import Tiny
 from literal import ftrl, log_softmax
 
 import amulet_gguf
@@ -207,6 +209,18 @@ def test_closing_the_stream_frees_its_sequences(amulet: Amulet) -> None:
     unstarted.close()
     amulet.generate("Hi", max_tokens=1)
     assert amulet.engine.n_live == 0
+
+
+def test_a_stream_that_is_dropped_is_cancelled(tiny: Tiny) -> None:
+    with Amulet.load(tiny("llama"), n_ctx=256, n_threads=1) as loaded:
+        for taken in (0, 1):
+            stream = loaded.stream("Hi", max_tokens=100, temperature=1.0, seed=1)
+            for _ in range(taken):
+                next(stream)
+            del stream
+            gc.collect()
+            loaded.generate("Hi", max_tokens=1)
+            assert loaded.engine.n_live == 0
 
 
 @pytest.mark.model

@@ -27,8 +27,9 @@ from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
 SAMPLES: dict[str, tuple[Any, str]] = {
     "prefer": (["formal:0.5"], "formal:0.5"),
     "strength": (3.5, "3.5"),
+    "fade": (7.5, "7.5"),
+    "fade_to": (1.5, "1.5"),
     "plausibility": (0.25, "0.25"),
-    "adapt": ("entropy", "entropy"),
     "withhold_echo": (False, "false"),
     "placement": ("system", "system"),
     "system": ("Be brief.", "Be brief."),

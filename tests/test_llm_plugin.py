@@ -80,9 +80,9 @@ def test_a_conversation_is_sent_whole_with_its_system_prompt(options: dict[str, 
     ("bad", "message"),
     [
         ({"strength": 1e9}, "strength must be"),
-        ({"adapt": "x"}, "adapt must be"),
+        ({"placement": "x"}, "placement must be"),
         ({"prefer": "concice"}, "did you mean"),
-        ({"profile": "none"}, "there is no profile"),
+        ({"profile": "nosuch"}, "there is no profile"),
         ({"model": "/nowhere.gguf"}, "nowhere"),
     ],
 )

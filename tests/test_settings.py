@@ -63,7 +63,8 @@ def test_messages_give_the_range_exactly(name: str) -> None:
     with pytest.raises(SettingError) as error:
         Settings(**{name: "?"})  # type: ignore[arg-type]
     noun = "whole number" if name in WHOLE else "number"
-    match = re.fullmatch(rf"{name} must be a {noun} from (\S+) to (\S+), got '\?'", str(error.value))
+    message = str(error.value).replace(", or auto", "").replace(", or none", "")
+    match = re.fullmatch(rf"{name} must be a {noun} from (\S+) to (\S+), got '\?'", message)
     assert match
     found = [Fraction(limit.replace(",", "").replace("_", "")) for limit in match.groups()]
     assert found == [Fraction(str(limit)) for limit in RANGES[name]]
@@ -75,7 +76,10 @@ def test_whole_numbers_are_not_floats(name: str) -> None:
         Settings(**{name: 5.0})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted(set(FIELDS) - {"prefer", "system", "seed"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted(set(FIELDS) - {"prefer", "system", "seed", "strength", "fade", "fade_to", "logit_bias"}),
+)
 def test_none_is_refused_where_it_has_no_meaning(name: str) -> None:
     with pytest.raises(SettingError):
         Settings(**{name: None})  # type: ignore[arg-type]
@@ -175,8 +179,9 @@ def test_the_papers_settings() -> None:
     assert dataclasses.asdict(Settings.paper("creative")) == {
         "prefer": ({"text": PRESETS["creative"], "weight": 1.0},),
         "strength": strength(),
+        "fade": 0.0,
+        "fade_to": None,
         "plausibility": 0.0,
-        "adapt": "none",
         "withhold_echo": False,
         "placement": "system",
         "system": PAPER_SYSTEM,
@@ -205,3 +210,24 @@ def test_the_papers_prompts() -> None:
     preferred = with_preference(question, PRESETS["creative"], "system")
     assert preferred[0]["content"] == PAPER_SYSTEM + PRESETS["creative"]
     assert preferred[1:] == base[1:]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"logit_bias": {10**5000: 1}},
+        {"logit_bias": {-2: 1}},
+        {"logit_bias": {True: 1}},
+        {"strength": 10**5000},
+        {"placement": [[]]},
+        {"prefer": [("Be bold.", True)]},
+        {"prefer": [("Be bold.", 10**5000)]},
+        {"stop": [10**5000]},
+    ],
+    ids=range(8),
+)
+def test_monstrous_values_are_refused_in_a_line(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingError) as error:
+        Settings(**values)
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)

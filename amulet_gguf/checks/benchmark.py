@@ -19,7 +19,7 @@ from amulet_gguf.llama.model import Model
 from amulet_gguf.method.mixture import Mixture, coefficients
 from amulet_gguf.method.realign import combine
 from amulet_gguf.method.sampling import PLAIN, Sampler
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import PAPER_STRENGTH
 
 _DEPTH: Final = 128  # tokens in each sequence when the measured steps begin
 _PREFILL: Final = 512
@@ -176,7 +176,7 @@ class _Steps:
             rest = rest[len(part) :]
 
     def _request(self) -> Request:
-        weights = coefficients([1.0], Settings().strength)
+        weights = coefficients([1.0], PAPER_STRENGTH)
         return Request(
             [self._tokens, self._tokens[::-1].copy()],
             Mixture(weights, (0.0, 1.0), 0.1),
@@ -218,7 +218,7 @@ def _kernels(n_vocab: int, rounds: int) -> KernelTimes:
     random = np.random.default_rng(0)
     logits = random.normal(0, 3, (2, n_vocab)).astype(np.float32)
     logits[:, : n_vocab // 1000] += 10  # a nucleus, as language models have
-    weights = coefficients([1.0], Settings().strength)
+    weights = coefficients([1.0], PAPER_STRENGTH)
     out = np.empty(n_vocab, np.float32)
     sampler = Sampler(PLAIN.replace(temperature=0.8, top_p=0.95, seed=0))
 

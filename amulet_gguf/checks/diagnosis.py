@@ -169,6 +169,7 @@ def _exactness() -> Check:
 
 def _speed() -> Check:
     from amulet_gguf.amulet import Amulet
+    from amulet_gguf.methods import describe_auto
     from amulet_gguf.models.find import find_model
 
     begin = time.perf_counter()
@@ -183,8 +184,10 @@ def _speed() -> Check:
                     if time.perf_counter() > deadline:
                         stream.cancel()
                 rates.append(stream.timings.tokens_per_second)
+        strength = describe_auto(amulet.model.n_parameters)
     value = (
         f"{path.name}: loaded in {loaded:.1f} s; {rates[0]:.0f} tokens/s plain, {rates[1]:.0f} realigned"
+        f"; strength {strength}"
     )
     if rates[0] < 2:
         return Check("speed", "warning", value, "use a smaller model or quantization, or a GPU")

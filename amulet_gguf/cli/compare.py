@@ -108,7 +108,7 @@ def columns(
     from rich.table import Table
 
     titles = {
-        name: f"{name} (strength {settings.strength:.3g})" if settings.prefer else name
+        name: f"{name} (strength {settings.strength or 0:.3g})" if settings.prefer else name
         for name, settings in methods.items()
     }
     shape = box.SIMPLE_HEAD if console.width >= _MIN_COLUMN * len(methods) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shlex
 import sys
@@ -216,6 +217,10 @@ def _examples(evaluation: Evaluation, responses: Sequence[Response]) -> list[dic
     return shown
 
 
+def _cell(result: Result | None, digits: int) -> str:
+    return "" if result is None or math.isnan(result.value) else f"{result.value:.{digits}f}"
+
+
 def _show(results: Sequence[Result]) -> None:
     """Print the measures that matter most, over all preferences."""
     from rich.console import Console
@@ -231,9 +236,7 @@ def _show(results: Sequence[Result]) -> None:
     for name in measures:
         table.add_column(name, justify="right")
     for method, row in by_name.items():
-        cells = [
-            f"{row[name].value:.{MEASURES[name].digits}f}" if name in row else "" for name in measures
-        ]
+        cells = [_cell(row.get(name), MEASURES[name].digits) for name in measures]
         table.add_row(method, *cells)
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)

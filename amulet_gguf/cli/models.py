@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -76,6 +77,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     from amulet_gguf.cli.terminal import Output, printable
     from amulet_gguf.llama.gguf import parts, read_header
     from amulet_gguf.llama.memory import estimate
+    from amulet_gguf.methods import auto_for, describe_auto
     from amulet_gguf.models.find import find_model
 
     path = find_model(name)
@@ -104,6 +106,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         "layers": header.number("block_count"),
         "vocabulary": header.n_vocab,
         "licence": header.text("general.license") or None,
+        "strength": dataclasses.asdict(auto_for(n_parameters)),
         "chat_template": source or None,
         "memory": {
             "n_ctx": n_ctx,
@@ -130,6 +133,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         "template": f"{first[:60]}… ({len(source):,} characters; --template shows it)"
         if source
         else "none: ChatML is used",
+        "strength": describe_auto(n_parameters),
         "memory": f"with {n_ctx:,} tokens of context, about {memory[0] / 1e6:,.0f} MB; with one "
         f"preference {memory[1] / 1e6:,.0f} MB, with two {memory[2] / 1e6:,.0f} MB",
     }

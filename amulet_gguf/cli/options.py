@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from amulet_gguf.declaration import SEVERAL, Setting
+from amulet_gguf.errors import SettingError
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
 
@@ -69,6 +70,25 @@ complete_profiles = _completes(_profile_names)
 _COMPLETIONS: Final = {"model": complete_models, "prefer": _completes(lambda: PRESETS)}
 
 
+class _Number(click.ParamType):  # type: ignore[type-arg]
+    """A number, or a word that stands for one."""
+
+    name = "number"
+
+    def __init__(self, setting: str, declared: Setting) -> None:
+        self._setting, self._declared = setting, declared
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        if isinstance(value, str) and value.lower() in self._declared.words:
+            return value.lower()
+        try:
+            return float(self._declared.parse(self._setting, str(value)))
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
+
+
 def _option(name: str, declared: Setting) -> Callable[[Command], Command]:
     """Return the option of a setting: None, or () of several, where it is not typed."""
     long = f"--{name.replace('_', '-')}"
@@ -80,7 +100,7 @@ def _option(name: str, declared: Setting) -> Callable[[Command], Command]:
     elif declared.kind == "choice":
         more = {"type": click.Choice(declared.choices)}
     elif declared.is_number:
-        more = {"type": _TYPES[declared.kind]}
+        more |= {"type": _Number(name, declared) if declared.words else _TYPES[declared.kind]}
     if declared.kind in SEVERAL:
         more["multiple"] = True
     return click.option(

@@ -18,7 +18,7 @@ from amulet_gguf.settings import SETTINGS, describe
 if TYPE_CHECKING:
     from amulet_gguf.cli.talk import Chat
 
-_SHOWN_ELSEWHERE: Final = ("prefer", "strength", "system", "stop")
+_SHOWN_ELSEWHERE: Final = ("prefer", "strength", "system")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _strength(chat: Chat, text: str) -> None:
     chat.tell(
         describe(chat.conversation.settings)
         if chat.conversation.settings.prefer
-        else f"strength {chat.conversation.settings.strength:g}, once something is preferred"
+        else f"strength {text or 'auto'}, once something is preferred"
     )
 
 
@@ -173,8 +173,8 @@ def _clear(chat: Chat, _text: str) -> None:
 
 
 def _drop(chat: Chat, text: str) -> None:
-    if text and not (text.isdecimal() and int(text) > 0):
-        raise SettingError(f"/drop N: N must be a number of turns, got {text!r}")
+    if text and not (text.isdecimal() and len(text) < 9 and int(text) > 0):
+        raise SettingError(f"/drop N: N must be a number of turns, got {text[:40]!r}")
     before = chat.name
     chat.forget(int(text or 1))
     chat.tell(f"{len(chat.conversation.messages) // 2} turns are left; {before} has all of them")

@@ -55,7 +55,7 @@ class Chat:
 
         if not self._make_room(text):
             return False
-        settings = self.conversation.settings
+        settings = self.conversation.amulet.planner.resolve(self.conversation.settings)
         with listening() as keys, AnswerView(self._console) as view:
             turn: Stream | None = None
 
@@ -88,11 +88,11 @@ class Chat:
 
     def _act(self, keys: list[str], turn: Stream) -> None:
         step = STRENGTH_STEP * (keys.count("c-up") - keys.count("c-down"))
-        if step and turn.settings.prefer:
+        if step and turn.settings.prefer and turn.settings.strength is not None:
             with contextlib.suppress(SettingError):  # at the end of the range
                 turn.adjust(round(turn.settings.strength + step, 6))
 
-    def _report(self, turn: Stream, strength: float) -> None:
+    def _report(self, turn: Stream, strength: float | None) -> None:
         reason = turn.pieces[-1].finish_reason if turn.pieces else "cancelled"
         usage = turn.usage
         if reason == "cancelled":

@@ -214,12 +214,20 @@ class Generation:
         explanation = None
         if n_alternatives:
             explanation = explain(
-                logits, mixture.reference, combined, token, detokenizer.token_bytes, n_alternatives
+                logits,
+                mixture.reference,
+                combined,
+                token,
+                detokenizer.token_bytes,
+                n_alternatives,
+                mixture.strength,
             )
         self._written.append(token)
         self.pending = [np.array([token], np.int32)] * self.n_branches
         text = self._text.push(detokenizer.token_bytes(token))
         piece = Piece(text, token, changed, None, explanation)
+        if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
+            return
         if self._text.stopped:
             self.finish("stop", piece)
         elif self.n_tokens >= self.request.max_tokens:

@@ -13,8 +13,8 @@ import numpy as np
 from amulet_gguf.amulet import load_model
 from amulet_gguf.errors import PromptTooLongError, SettingError
 from amulet_gguf.llama.context import Context
-from amulet_gguf.method.adaptive import log_sum
 from amulet_gguf.method.arrays import Float64Array, Tokens
+from amulet_gguf.method.sampling import log_sum
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import conversation, with_preference
 from amulet_gguf.settings import Loading

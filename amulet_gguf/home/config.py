@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from amulet_gguf.errors import ConfigError, SettingError
+from amulet_gguf.errors import ConfigError, SettingError, shown
 from amulet_gguf.home.files import write_atomically
 from amulet_gguf.home.paths import config_file
 from amulet_gguf.settings import LOADING, SETTINGS, Settings
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _MAX_BYTES: Final = 2**20
 _MAX_TRIES: Final = 50
 _PROFILE_KEYS: Final = (*SETTINGS, "preset", *LOADING)
+#: Settings that there were; a profile that has one is as good as without.
+_RETIRED: Final = ("adapt",)
 _TOP_KEYS: Final = ("model", "profile", "profiles")
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
@@ -105,14 +107,16 @@ def parse(text: str, path: Path) -> Config:
         kind = dict if key == "profiles" else str
         if not isinstance(value, kind):
             expected = "tables [profiles.NAME]" if kind is dict else "a text"
-            raise fail("", key, f"{key} must be {expected}, got {value!r}")
+            raise fail("", key, f"{key} must be {expected}, got {shown(value)}")
     profiles = document.get("profiles", {})
     for name, values in profiles.items():
         table = f"profiles.{name}"
         if not _NAME.fullmatch(name):
             raise fail(table, "", f"{name!r} is not a name for a profile: letters, digits, - and _")
         if not isinstance(values, dict):
-            raise fail("profiles", name, f"profiles.{name} must be a table, got {values!r}")
+            raise fail("profiles", name, f"profiles.{name} must be a table, got {shown(values)}")
+        for key in _RETIRED:
+            values.pop(key, None)
         for key in values:
             if key not in _PROFILE_KEYS:
                 what = f"unknown key {key!r} in [{table}]{_near(key, _PROFILE_KEYS)}"
@@ -135,7 +139,7 @@ def check(key: str, value: Any) -> None:
     """Raise SettingError unless a profile may have this value for this key."""
     if key == "preset":
         if value != "paper":
-            raise SettingError(f'preset must be "paper", got {value!r}', key)
+            raise SettingError(f'preset must be "paper", got {shown(value)}', key)
     elif value is not None:
         (SETTINGS if key in SETTINGS else LOADING)[key].checked(key, value)
 
@@ -164,7 +168,7 @@ def set_profile(name: str, values: Mapping[str, Any]) -> None:
     """
     import tomlkit
 
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name == "none":
         raise ConfigError(f"{name!r} is not a name for a profile: letters, digits, - and _")
 
     def change(text: str) -> str:

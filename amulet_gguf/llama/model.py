@@ -204,6 +204,11 @@ class Model:
         """The file's own chat template (Jinja), if it has one."""
         return self.metadata("tokenizer.chat_template")
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return int(lib.llama_model_n_params(self.handle))
+
     def cache_bytes(self, n_ctx: int, n_sequences: int) -> int:
         """Estimate the KV cache of a context, as if all layers attended to all of it (in float16)."""
         return cache_bytes(self._header, n_ctx, n_sequences)

@@ -12,7 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from amulet_gguf.method.arrays import Tokens
+from amulet_gguf.method.arrays import Float32Array, Float64Array, Tokens
+from amulet_gguf.method.sampling import log_sum
 from amulet_gguf.method.vocabulary import Vocabulary
 
 _MIN_LETTERS: Final = 4  # shorter words hold sentences together
@@ -49,3 +50,27 @@ def echo_tokens(vocabulary: Vocabulary, texts: Iterable[str]) -> Tokens:
                 if len(vocabulary.token_bytes(first).strip()) >= _MIN_TOKEN:
                     tokens.add(first)
     return np.array(sorted(tokens), np.int32)
+
+
+def withhold(
+    logits: Float32Array,
+    coefficients: Float64Array,
+    reference: Float64Array,
+    tokens: Tokens,
+    out: Float32Array,
+) -> None:
+    """Take from `tokens` what the combination `out` gives them beyond ordinary prompting.
+
+    In log-probabilities a token's gain is `x - p`. Logits carry their rows' constants, so these are
+    computed first.
+
+    Args:
+        logits: (B, V) float32, finite.
+        coefficients, reference: (B,).
+        tokens: (n,) distinct.
+        out: (V,) float32, the combination; changed in place.
+    """
+    constants = np.array([log_sum(row) for row in logits])
+    shift = float((coefficients - reference) @ constants)
+    plain = reference @ logits[:, tokens].astype(np.float64) + shift
+    out[tokens] = np.minimum(out[tokens], plain.astype(np.float32))

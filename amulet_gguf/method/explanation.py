@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from amulet_gguf.method._kernel import kernel
-from amulet_gguf.method.adaptive import log_sum, mixed
 from amulet_gguf.method.arrays import BLOCK, Float32Array, Float64Array
-from amulet_gguf.method.sampling import exp_below
+from amulet_gguf.method.realign import mixed
+from amulet_gguf.method.sampling import exp_below, log_sum
 
 #: KL in nats from which a token is shaded fully.
 FULL: Final = 2.0
@@ -41,11 +41,13 @@ class Explanation:
     """How realignment changed the choice of one token.
 
     Attributes:
+        strength: with which it was realigned.
         divergence: KL(realigned || ordinary prompting), in nats; 0 where nothing was changed.
         probability, prompted: of the token that was chosen, as in `Alternative`.
         alternatives: the best of either distribution, by falling probability.
     """
 
+    strength: float
     divergence: float
     probability: float
     prompted: float
@@ -64,6 +66,7 @@ def explain(
     token: int,
     token_bytes: Callable[[int], bytes],
     n_alternatives: int,
+    strength: float = 1.0,
 ) -> Explanation:
     """Compare a combination with ordinary prompting.
 
@@ -74,6 +77,7 @@ def explain(
         token: the one that was chosen.
         token_bytes: gives a token's bytes.
         n_alternatives: how many of each distribution's best to report.
+        strength: to be told, too.
     """
     plain = mixed(logits, reference)
     log_row, log_plain = log_sum(row), log_sum(plain)
@@ -93,6 +97,7 @@ def explain(
     chances = probabilities(token)
     alternatives.sort(key=lambda each: (-each.probability, -each.prompted, each.token))
     return Explanation(
+        strength=strength,
         divergence=kl(row, log_row, plain, log_plain),
         probability=chances[0],
         prompted=chances[1],

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amulet_gguf.method.adaptive import adapted, withhold
 from amulet_gguf.method.arrays import Float32Array, Tokens
+from amulet_gguf.method.echo import withhold
 from amulet_gguf.method.realign import combine_unchecked, log_plausibility
-from amulet_gguf.settings import Adapt
 
 
 def coefficients(weights: Sequence[float], strength: float) -> tuple[float, ...]:
@@ -69,17 +68,51 @@ def realign(
     )
 
 
-class Mixture:
-    """How the logits of B branches become one distribution.
+@dataclass(frozen=True)
+class Fade:
+    """A strength that falls while an answer is written: style once set carries itself.
 
     Attributes:
-        coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`).
+        strength: at the first token.
+        floor: that it comes down to; a strength below it is constant.
+        tokens: after which 1/e of what is above the floor is left; 0: it is constant.
+    """
+
+    strength: float
+    floor: float = 1.0
+    tokens: float = 0.0
+
+    @property
+    def is_constant(self) -> bool:
+        return self.tokens == 0 or self.strength <= self.floor
+
+    def share(self, t: int) -> float:
+        """Return how much is left at token t of what is above the floor, from 1 down to 0."""
+        return 1.0 if self.is_constant else math.exp(-t / self.tokens)
+
+    def at(self, t: int) -> float:
+        """Return the strength at token t."""
+        return (
+            self.strength
+            if self.is_constant
+            else (self.floor + (self.strength - self.floor) * self.share(t))
+        )
+
+
+class Mixture:
+    """How the logits of B branches become one distribution, token by token.
+
+    It counts the tokens that it is asked for: the fade of another one begins anew.
+
+    Attributes:
+        coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`), at first.
         reference: (B,) coefficients of ordinary prompting, summing to 1: what judges plausibility, and
             whether realignment changed a token.
         margin: of plausibility, in nats.
-        adapt: how far each token goes from `anchor` to `coefficients`.
-        anchor: (B,) coefficients without extrapolation; needed unless adapt is "none".
+        fade: of the strength.
+        settled: (B,) coefficients that the fade comes down to.
         withheld: tokens that are not amplified.
+        strength: of the token that was combined last.
     """
 
     def __init__(
@@ -88,20 +121,24 @@ class Mixture:
         reference: Sequence[float],
         plausibility: float = 0.0,
         *,
-        adapt: Adapt = "none",
-        anchor: Sequence[float] = (),
+        fade: Fade | None = None,
+        settled: Sequence[float] = (),
         withheld: Tokens | None = None,
     ) -> None:
         self.coefficients = np.array(coefficients, np.float64)
         self.reference = np.array(reference, np.float64)
         self.margin = log_plausibility(plausibility)
-        self.adapt = adapt
-        self.anchor = np.array(anchor, np.float64)
+        self.fade = fade or Fade(1.0 - self.coefficients[0])
+        self.settled = np.array(settled if len(settled) else coefficients, np.float64)
         self.withheld = withheld
+        self.strength = self.fade.strength
+        self._n_combined = 0
 
     def combine(self, logits: Float32Array, out: Float32Array) -> int:
         """Combine (B, V) logits into `out` (V,); return the best token of ordinary prompting."""
-        coefficients = adapted(logits, self.coefficients, self.anchor, self.reference, self.adapt)
+        self.strength, share = self.fade.at(self._n_combined), self.fade.share(self._n_combined)
+        self._n_combined += 1
+        coefficients = self.settled + share * (self.coefficients - self.settled)
         prompted = combine_unchecked(logits, coefficients, self.margin, self.reference, out)
         if self.withheld is not None:
             withhold(logits, coefficients, self.reference, self.withheld, out)

@@ -153,6 +153,15 @@ def combine_unchecked(
     return best
 
 
+def mixed(logits: Float32Array, weights: Float64Array) -> Float32Array:
+    """Return `weights @ logits`, a view where one row alone counts."""
+    (used,) = np.nonzero(weights)
+    if len(used) == 1:
+        row: Float32Array = logits[used[0]]
+        return row
+    return np.asarray(weights @ logits, np.float32)
+
+
 def _affine(name: str, values: npt.ArrayLike, n_rows: int) -> Float64Array:
     """Return `values` as (n_rows,) float64 after checking that they sum to 1."""
     try:

@@ -23,8 +23,8 @@ from amulet_gguf.settings import Settings
 
 #: Greedy, and nothing more.
 PLAIN: Final = Settings(repeat_penalty=1.0)
-#: A bias that rules a token out.
-BAN: Final = -100.0
+_BAN: Final = -100.0  # a bias that rules a token out
+_BANNED: Final = -1e9  # its logit: no amplification brings it back, and plausibility judges others
 _MAX_SCALE: Final = 1e30  # leaves the best tokens alone as surely as infinity, without its NaN
 _LOWEST: Final = np.finfo(np.float32).min  # below it there are only masked tokens
 _FIRST_WINDOW: Final = 4.0  # nats below the best logit; holds the nucleus of most real rows
@@ -65,7 +65,7 @@ class Sampler:
         self._biased, self._biases = np.empty(0, np.int64), np.empty(0, np.float32)
         if settings.logit_bias and vocabulary is not None:
             self._biased, self._biases = token_biases(settings.logit_bias, vocabulary)
-        self._banned = self._biased[self._biases <= BAN]
+        self._banned = self._biased[self._biases <= _BAN]
 
     def bias(self, logits: Float32Array) -> None:
         """Add the biases of tokens to (B, V) logits of all branches, in place.
@@ -74,6 +74,7 @@ class Sampler:
         """
         if len(self._biased):
             logits[:, self._biased] += self._biases
+            logits[:, self._banned] = _BANNED
 
     def sample(self, logits: Float32Array) -> int:
         """Choose a token and remember it for the repetition penalty.
@@ -83,8 +84,6 @@ class Sampler:
                 Penalties are applied in place.
         """
         chosen = self._settings
-        if len(self._banned):
-            ban(logits, self._banned)
         if chosen.repeat_penalty != 1.0 and self._recent:
             penalize(logits, np.unique(np.array(self._recent, np.int64)), chosen.repeat_penalty)
         if chosen.presence_penalty or chosen.frequency_penalty:
@@ -115,14 +114,6 @@ def penalize_counts(
     logits[tokens] -= presence + frequency * np.fromiter(counts.values(), np.float32, len(counts))
 
 
-def ban(logits: Float32Array, tokens: npt.NDArray[np.int64]) -> None:
-    """Make tokens impossible in (V,) `logits`, in place, unless no other is possible."""
-    before = logits[tokens]
-    logits[tokens] = -np.inf
-    if logits[argmax(logits)] == -np.inf:
-        logits[tokens] = before
-
-
 def token_biases(
     biases: Iterable[tuple[int | str, float]], vocabulary: Vocabulary
 ) -> tuple[npt.NDArray[np.int64], Float32Array]:
@@ -136,7 +127,7 @@ def token_biases(
         if isinstance(token, int) and not 0 <= token < vocabulary.n_vocab:
             message = f"logit_bias: there is no token {token}; the model has {vocabulary.n_vocab}"
             raise SettingError(message, "logit_bias")
-        for each in [token] if isinstance(token, int) else vocabulary.tokenize(token).tolist():
+        for each in {token} if isinstance(token, int) else set(vocabulary.tokenize(token).tolist()):
             sums[each] = sums.get(each, 0.0) + number
     return np.array(list(sums), np.int64), np.array(list(sums.values()), np.float32)
 
@@ -170,6 +161,17 @@ def exp_below(values: Float32Array, peak: np.float32, scale: float, out: Float32
         out[v] *= power[v]
         total += out[v]
     return total
+
+
+@kernel()
+def log_sum(logits: Float32Array) -> float:
+    """Return log sum exp of (V,) logits."""
+    weights = np.empty(BLOCK, np.float32)
+    peak = logits[argmax(logits)]
+    total = 0.0
+    for start in range(0, logits.size, BLOCK):
+        total += exp_below(logits[start : start + BLOCK], peak, 1.0, weights)
+    return float(peak + np.log(total))
 
 
 @kernel()

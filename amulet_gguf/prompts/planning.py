@@ -8,8 +8,9 @@ from functools import lru_cache, partial
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.echo import echo_tokens
-from amulet_gguf.method.mixture import Mixture, Realignment, coefficients, realign
+from amulet_gguf.method.mixture import Fade, Mixture, Realignment, coefficients, realign
 from amulet_gguf.method.sampling import Sampler
+from amulet_gguf.methods import resolve
 from amulet_gguf.prompts.template import ChatTemplate, Message, conversation, with_preference
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
@@ -53,6 +54,7 @@ class Planner:
         Raises:
             PromptError: not exactly one is given, or it cannot be made into a prompt.
         """
+        settings = self.resolve(settings)
         needed = _realignment(settings, is_adjustable)
         on_end: Callable[[Sequence[int]], None] | None = None
         texts = [None, *(preference.text for preference in settings.prefer)]
@@ -86,25 +88,37 @@ class Planner:
         checked = conversation(prompt, messages, settings.system)
         return with_preference(checked, None, _placement(settings))
 
+    def resolve(self, settings: Settings) -> Settings:
+        """Return settings with numbers for what is left to the model."""
+        return resolve(settings, self._model.n_parameters)
+
     def mixture(self, settings: Settings) -> Mixture:
         """Return the mixture of all branches, for an adjustable generation of these preferences."""
+        settings = self.resolve(settings)
         return self._mixture(settings, _realignment(settings, True))
 
     def _mixture(self, settings: Settings, needed: Realignment) -> Mixture:
         weights = [preference.weight for preference in settings.prefer]
-        is_extrapolated = any(not 0 <= amount <= 1 for amount in needed.coefficients)
-        anchor = coefficients(weights, min(max(settings.strength, 0.0), 1.0))
+        settled = coefficients(weights, _fade(settings).floor)
         withheld = None
-        if settings.withhold_echo and is_extrapolated:
+        if settings.withhold_echo and any(not 0 <= amount <= 1 for amount in needed.coefficients):
             withheld = self._echo_tokens(tuple(p.text for p in settings.prefer if p.weight > 0))
         return Mixture(
             needed.coefficients,
             needed.reference,
             needed.plausibility,
-            adapt=settings.adapt if is_extrapolated else "none",
-            anchor=[anchor[branch] for branch in needed.branches],
+            fade=_fade(settings),
+            settled=[settled[branch] for branch in needed.branches],
             withheld=withheld,
         )
+
+
+def _fade(settings: Settings) -> Fade:
+    """Return the fade of settings that were resolved."""
+    assert settings.strength is not None
+    assert settings.fade is not None
+    assert settings.fade_to is not None
+    return Fade(settings.strength, settings.fade_to, settings.fade)
 
 
 def _placement(settings: Settings) -> Placement:
@@ -112,5 +126,6 @@ def _placement(settings: Settings) -> Placement:
 
 
 def _realignment(settings: Settings, keep_branches: bool) -> Realignment:
-    weights = [preference.weight for preference in settings.prefer]
-    return realign(weights, settings.strength, settings.plausibility, keep_branches=keep_branches)
+    weights, fade = [preference.weight for preference in settings.prefer], _fade(settings)
+    keep_branches = keep_branches or not fade.is_constant
+    return realign(weights, fade.strength, settings.plausibility, keep_branches=keep_branches)

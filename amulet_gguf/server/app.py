@@ -191,7 +191,7 @@ class _Api:
             "n_ctx": self._amulet.engine.n_ctx,
             "max_preferences": min(MAX_PREFERENCES, self._served.n_sequences - 1),
             "max_tokens": self._served.max_tokens,
-            "strength": self._served.settings.strength,
+            "strength": self._amulet.planner.resolve(self._served.settings).strength,
         }
         return {"id": name, "object": "model", "created": 0, "owned_by": "local", "amulet": about}
 

@@ -209,7 +209,8 @@ class AmuletService:
             if job.is_cancelled:
                 self._forget(job)
                 continue
-            settings = job.settings
+            with job.lock:
+                settings = job.settings = self._amulet.planner.resolve(job.settings)
             try:
                 request = job.plan(self._amulet.planner, settings)
             except BaseException as error:
@@ -268,7 +269,7 @@ class AmuletService:
             return
         try:
             generation = amulet.engine.submit(request)
-        except AmuletError as error:
+        except Exception as error:  # what a caller's plan returned may be anything
             self._refuse(job, error, amulet)
             return
         self._running.append(job)
@@ -303,7 +304,7 @@ class AmuletService:
         assert generation is not None
         try:
             job.tell_prefill()
-        except Exception as error:
+        except BaseException as error:  # a callback's failure is its answer's, whatever it raises
             generation.fail(error)
             amulet.engine.cancel(generation)
         if generation.is_finished:

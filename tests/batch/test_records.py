@@ -26,7 +26,7 @@ CONTENT: list[dict[str, Any]] = [
     {"id": "a2", "prompt": "Plan,\nin \"Rome\"", "prefer": ["concise", "formal:0.5"], "strength": 3},
     {"id": "a3", "question": "Café ☕?", "temperature": 0.7, "seed": 1, "max_tokens": 200},
     {"id": "a4", "messages": [{"role": "user", "content": "Hi"}], "stop": ["\n\n", "END"], "place": "x"},
-    {"id": "a5", "prompt": "42", "withhold_echo": True, "adapt": "entropy", "strength": 2.5},
+    {"id": "a5", "prompt": "42", "withhold_echo": True, "fade": "none", "strength": 2.5},
 ]  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_a_record_is_what_its_line_says_and_else_what_the_settings_say() -> None
     assert fourth.prompt is None
     assert fourth.settings.stop == ("\n\n", "END")
     assert fourth.extra == {"id": "a4", "place": "x"}
-    assert (fifth.prompt, fifth.settings.withhold_echo, fifth.settings.adapt) == ("42", True, "entropy")
+    assert (fifth.prompt, fifth.settings.withhold_echo) == ("42", True)
     assert [record.error for record in (first, second, third, fourth, fifth)] == [None] * 5
 
 
@@ -224,7 +224,7 @@ BAD: list[tuple[bytes | Mapping[str, Any], str]] = [
     ({**ONE, "strength": 10**400}, "strength must be"),
     ({**ONE, "strength": float("nan")}, "strength must be"),
     ({**ONE, "strength": float("-inf")}, "strength must be"),
-    ({**ONE, "strength": None}, "strength must be"),
+    ({**ONE, "temperature": None}, "temperature must be"),
     ({**ONE, "max_tokens": 0}, "max_tokens must be"),
     ({**ONE, "max_tokens": 2.5}, "max_tokens must be"),
     ({**ONE, "max_tokens": True}, "max_tokens must be"),
@@ -234,7 +234,7 @@ BAD: list[tuple[bytes | Mapping[str, Any], str]] = [
     ({**ONE, "stop": [""]}, "stop: expected texts"),
     ({**ONE, "stop": 3}, "stop must be"),
     ({**ONE, "placement": "top"}, "placement must be"),
-    ({**ONE, "adapt": "sometimes"}, "adapt must be"),
+    ({**ONE, "fade": "sometimes"}, "fade must be"),
     ({**ONE, "withhold_echo": "no"}, "withhold_echo must be"),
     ({**ONE, "system": ["x"]}, "system must be"),
     ({**ONE, "strenght": 3}, "did you mean 'strength'?"),
@@ -325,7 +325,7 @@ def test_the_key_is_a_pure_function_of_what_counts() -> None:
 def test_the_key_changes_with_whatever_could_change_the_result() -> None:
     base = {"prompt": "x", "id": 1}
     changed: dict[str, Any] = {
-        "prefer": "formal", "strength": 2, "plausibility": 0.2, "adapt": "entropy",
+        "prefer": "formal", "strength": 2, "plausibility": 0.2, "fade": 5, "fade_to": 3,
         "withhold_echo": False, "placement": "system", "system": "Be.", "max_tokens": 21, "stop": "a",
         "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.2,
         "repeat_last_n": 3, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {"5": 1},

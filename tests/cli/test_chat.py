@@ -192,7 +192,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(start: Start) -> None:
 
 
 def test_keys_change_the_strength_of_the_answer_under_way(start: Start) -> None:
-    terminal = start("-p", "creative", "-s", "3", "--adapt", "none")
+    terminal = start("-p", "creative", "-s", "3", "--fade", "none")
     terminal.ready()
     terminal.say("Tell me a long story about a house, with many people in it.")
     terminal.until(r"strength 3 +Ctrl-↑")

@@ -141,7 +141,7 @@ def test_the_strength_changes_while_the_answer_is_written(amulet: Amulet) -> Non
     def write(change: bool) -> list[int | None]:
         conversation = Conversation(amulet)
         turn = conversation.ask(
-            "Describe the sea.", prefer="creative", strength=0, adapt="none", max_tokens=20
+            "Describe the sea.", prefer="creative", strength=0, fade="none", max_tokens=20
         )
         for _ in turn:
             if change and len(turn.pieces) == 5:

@@ -432,16 +432,23 @@ def test_a_bias_can_bring_a_token_back_that_plausibility_would_mask() -> None:
     assert sampler.sample(combine(logits, (-4.0, 5.0), 0.5)) == 4
 
 
-def test_a_banned_token_is_never_chosen_while_there_is_another() -> None:
+@pytest.mark.parametrize("plausibility", [0.0, 0.1, 1.0])
+def test_a_banned_token_is_never_chosen_while_there_is_another(plausibility: float) -> None:
     logits = np.zeros((2, 8), np.float32)
     logits[:, 3] = (-1000, 1000)  # amplified far beyond what -100 takes away
+    assert int(np.argmax(combine(logits, (-4.0, 5.0)))) == 3
     sampler = biased(logits, _3=-100.0)
-    row = combine(logits, (-4.0, 5.0))
-    assert int(np.argmax(row)) == 3
+    row = combine(logits, (-4.0, 5.0), plausibility)
     assert sampler.sample(row) != 3
-    only = np.full(8, -INF, np.float32)
-    only[3] = 1.0
-    assert sampler.sample(only) == 3
+    everything = np.zeros((2, 8), np.float32)
+    sampler = biased(everything, x01234567=-100.0)
+    assert sampler.sample(combine(everything, (-4.0, 5.0), plausibility)) in range(8)
+
+
+def test_a_text_biases_each_of_its_tokens_once() -> None:
+    logits = np.zeros((1, 8), np.float32)
+    biased(logits, x222=-20.0)
+    assert logits[0].tolist() == [0, 0, -20, 0, 0, 0, 0, 0]
 
 
 def test_a_token_that_there_is_not_cannot_be_biased() -> None:

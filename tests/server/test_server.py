@@ -476,7 +476,7 @@ def test_a_strength_changes_while_text_streams(server: Running, http: httpx.Clie
 
 def test_a_full_queue_says_when_to_come_back(tiny: Tiny) -> None:
     with serving(tiny("llama"), n_sequences=2, max_waiting=1) as running:
-        asked = {**ASKED, "max_tokens": 450, "prefer": "concise", "stream": True}
+        asked = {**ASKED, "max_tokens": 450, "prefer": "concise", "strength": 6, "stream": True}
         with httpx.stream("POST", running.url + CHAT, json=asked, timeout=30) as first:
             lines = first.iter_lines()
             next(lines)
@@ -494,7 +494,14 @@ def _vanish(port: int, number: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         if number % 8 == 0:
             return
-        asked = {**ASKED, "max_tokens": 450, "prefer": "concise", "stream": number % 2 == 0, "n": 2}
+        asked = {
+            **ASKED,
+            "max_tokens": 450,
+            "prefer": "concise",
+            "strength": 3,
+            "stream": number % 2 == 0,
+        }
+        asked["n"] = 2
         body = json.dumps(asked).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         message = head + body

@@ -308,7 +308,7 @@ def test_a_strength_changed_before_the_first_token_is_as_if_asked_for(
     streams.append(running.stream("How are you?", settings=weak, on_prefill=on_prefill))
     begun.set()
     assert [piece.token for piece in streams[0]] == expected(strong)
-    assert streams[0].settings == strong
+    assert streams[0].settings == alone.planner.resolve(strong)
 
     may_load = threading.Event()
     running = service(on_load=lambda _: may_load.wait())
@@ -577,3 +577,48 @@ if state != "loading":
     )
     assert done.returncode == (3 if state == "error" else 0), done.stderr
     assert not done.stderr
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), KeyboardInterrupt(), SystemExit()])
+def test_whatever_a_callback_raises_is_its_own_answers_failure(
+    service: Service, error: BaseException
+) -> None:
+    running = service()
+
+    def fail(done: int, total: int) -> None:
+        raise error
+
+    bad = running.stream("How are you? " * 20, on_prefill=fail, max_tokens=3)
+    with pytest.raises(type(error)):
+        bad.answer()
+    with pytest.raises(AttributeError):
+        running.start(lambda planner, settings: None, Settings()).answer()  # type: ignore[arg-type, return-value]
+    assert running.stream("x", max_tokens=3).answer().text
+
+
+def test_what_was_cancelled_before_it_failed_is_cancelled(service: Service) -> None:
+    running = service()
+    stream = running.stream("")  # an empty prompt
+    stream.cancel()
+    assert stream.answer().finish_reason == "cancelled"
+
+
+def test_tasks_that_gave_up_waiting_leave_nothing_behind(service: Service) -> None:
+    running = service()
+    release = threading.Event()
+    stream = running.stream(
+        "How are you? " * 20, on_prefill=lambda done, total: void(release.wait()), max_tokens=3
+    )
+
+    async def wait() -> None:
+        for _ in range(5):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.01)
+
+    asyncio.run(wait())
+    assert stream._job._waiters == []
+    release.set()
+    assert stream.answer().text
+
+
+def void(_: object) -> None: ...

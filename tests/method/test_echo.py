@@ -1,4 +1,4 @@
-"""A strength that adapts per token, and words that are not amplified, against float64 arithmetic."""
+"""The words of a preference, which are not amplified, against float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import numpy.typing as npt
 import pytest
 
 from amulet_gguf.llama.model import Model
-from amulet_gguf.method.adaptive import adapted, log_sum, withhold
-from amulet_gguf.method.echo import echo_tokens, inflections
+from amulet_gguf.method.echo import echo_tokens, inflections, withhold
 from amulet_gguf.method.realign import combine
+from amulet_gguf.method.sampling import log_sum
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings
@@ -24,43 +24,6 @@ def log_softmax(rows: Rows) -> npt.NDArray[np.float64]:
     rows64 = rows.astype(np.float64)
     rows64 -= rows64.max(axis=-1, keepdims=True)
     return np.asarray(rows64 - np.log(np.exp(rows64).sum(axis=-1, keepdims=True)))
-
-
-def entropy(logp: npt.NDArray[np.float64]) -> float:
-    return float(-(np.exp(logp) * logp).sum())
-
-
-def pairs() -> list[Rows]:
-    rng = np.random.default_rng(0)
-    rows = [rng.normal(size=(2, v)).astype(np.float32) * s for v in (2, 7, 1024, 5000) for s in (1, 6)]
-    certain = np.full((2, 100), -30, np.float32)
-    certain[0, 3] = certain[1, 4] = 10  # two certainties that have nothing in common
-    rows += [certain, np.zeros((2, 50), np.float32), np.zeros((2, 1), np.float32)]
-    return rows
-
-
-@pytest.mark.parametrize("logits", pairs(), ids=range(len(pairs())))
-def test_the_share_is_what_float64_says(logits: Rows) -> None:
-    r, p = log_softmax(logits)
-    mean = np.logaddexp(r, p) - np.log(2)
-    divergence = (entropy(mean) - entropy(r) / 2 - entropy(p) / 2) / np.log(2)
-    for kind, share in (("divergence", divergence), ("entropy", 1 - np.exp(-entropy(p)))):
-        found = adapted(logits, COEFFICIENTS, REFERENCE, REFERENCE, kind)  # type: ignore[arg-type]
-        expected = REFERENCE + share * (COEFFICIENTS - REFERENCE)
-        np.testing.assert_allclose(found, expected, atol=5e-3)
-        assert found.sum() == pytest.approx(1)
-
-
-def test_where_the_branches_agree_nothing_is_amplified() -> None:
-    row = np.random.default_rng(1).normal(size=300).astype(np.float32)
-    same = np.stack([row, row + 3])  # a constant is no difference
-    found = adapted(same, COEFFICIENTS, REFERENCE, REFERENCE, "divergence")
-    np.testing.assert_allclose(found, REFERENCE, atol=1e-5)
-
-
-def test_none_is_the_full_strength() -> None:
-    logits = np.zeros((2, 3), np.float32)
-    assert adapted(logits, COEFFICIENTS, REFERENCE, REFERENCE, "none") is COEFFICIENTS
 
 
 def test_log_sum_is_that_of_float64() -> None:
@@ -117,21 +80,8 @@ def test_echo_tokens_begin_words_of_the_text(tiny_model: Model) -> None:
         assert any(form.startswith(written) for form in forms)
 
 
-@pytest.mark.parametrize(("strength", "anchor"), [(5.65, (0, 1)), (1.5, (0, 1)), (-2, (1, 0))])
-def test_a_strength_adapts_from_where_nothing_is_extrapolated(
-    tiny_model: Model, strength: float, anchor: tuple[float, float]
-) -> None:
-    settings = Settings(prefer="concise", strength=strength)
-    request = Planner(tiny_model).request("Why?", None, settings)
-    assert tuple(request.mixture.anchor) == anchor
-    assert request.mixture.adapt == "divergence"
-
-
 @pytest.mark.parametrize("strength", [0, 0.5, 1])
-def test_without_extrapolation_there_is_nothing_to_adapt_or_withhold(
-    tiny_model: Model, strength: float
-) -> None:
+def test_without_extrapolation_there_is_nothing_to_withhold(tiny_model: Model, strength: float) -> None:
     settings = Settings(prefer="concise", strength=strength)
     request = Planner(tiny_model).request("Why?", None, settings)
-    assert request.mixture.adapt == "none"
     assert request.mixture.withheld is None
