@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     """The fields of `Settings` as keyword arguments, with the types that are accepted for them."""
 
     prefer: PreferencesLike
+    avoid: str | None
     strength: float | Literal["auto"] | None
     fade: float | Literal["auto", "none"] | None
     fade_to: float | Literal["auto"] | None
@@ -90,6 +91,13 @@ class Settings(Declared):
         "preferences",
         flag="-p",
         metavar="TEXT[:WEIGHT]",
+    )
+    avoid: str | None = setting(
+        None,
+        "What the answer should not be: beyond strength 1 it leads away from this instead of from the "
+        "plain model.",
+        "text",
+        metavar="TEXT",
     )
     strength: float | None = setting(
         None,
@@ -184,6 +192,11 @@ class Settings(Declared):
         """Return settings of which some differ; errors as for new ones."""
         return dataclasses.replace(self, **options)  # type: ignore[arg-type]
 
+    @property
+    def n_branches(self) -> int:
+        """Branches that a generation may have: the base, each preference, and what is to be avoided."""
+        return 1 + len(self.prefer) + (self.avoid is not None)
+
     def as_record(self) -> dict[str, Any]:
         """Return all fields as JSON values, as a record of a batch has them."""
         values = dataclasses.asdict(self)
@@ -217,12 +230,14 @@ SETTINGS: Final = declared(Settings)
 
 def describe(settings: Settings) -> str:
     """Return preferences and strength in few words: "concise, formal:0.5 · strength 3"."""
-    if not settings.prefer:
+    if not settings.prefer and settings.avoid is None:
         return "no preference"
     parts = []
     for preference in settings.prefer:
         name = preference.name if len(preference.name) <= 40 else preference.name[:39] + "…"
         parts.append(name if preference.weight == 1 else f"{name}:{preference.weight:g}")
+    if settings.avoid is not None:
+        parts.append(f"not {settings.avoid}")
     strength = "auto" if settings.strength is None else f"{settings.strength:g}"
     return f"{', '.join(parts)} · strength {strength}"
 

@@ -26,6 +26,7 @@ from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
 #: For each setting a value, as JSON has it, and how it is typed.
 SAMPLES: dict[str, tuple[Any, str]] = {
     "prefer": (["formal:0.5"], "formal:0.5"),
+    "avoid": ("Be dull.", "Be dull."),
     "strength": (3.5, "3.5"),
     "fade": (7.5, "7.5"),
     "fade_to": (1.5, "1.5"),

@@ -78,7 +78,9 @@ def test_whole_numbers_are_not_floats(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    sorted(set(FIELDS) - {"prefer", "system", "seed", "strength", "fade", "fade_to", "logit_bias"}),
+    sorted(
+        set(FIELDS) - {"prefer", "avoid", "system", "seed", "strength", "fade", "fade_to", "logit_bias"}
+    ),
 )
 def test_none_is_refused_where_it_has_no_meaning(name: str) -> None:
     with pytest.raises(SettingError):
@@ -178,6 +180,7 @@ def test_settings_do_not_change_and_can_be_replaced() -> None:
 def test_the_papers_settings() -> None:
     assert dataclasses.asdict(Settings.paper("creative")) == {
         "prefer": ({"text": PRESETS["creative"], "weight": 1.0},),
+        "avoid": None,
         "strength": strength(),
         "fade": 0.0,
         "fade_to": None,

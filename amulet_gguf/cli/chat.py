@@ -64,7 +64,7 @@ def chat(
     if resume is not None:
         sessions.load(resume)  # a mistake shows before the model loads
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    n_sequences = max(_SEQUENCES if is_terminal else 1, 1 + len(settings.prefer))
+    n_sequences = max(_SEQUENCES if is_terminal else 1, settings.n_branches)
     console = Console(highlight=False, markup=False, emoji=False)
     with loaded(loading, n_sequences) as amulet:
         from amulet_gguf.conversation.turns import Conversation

@@ -63,8 +63,7 @@ def compare(
 
     console = Console(highlight=False, markup=False, emoji=False)
     pieces: dict[str, list[Piece]] = {name: [] for name in compared}
-    n_branches = 1 + len(settings.prefer)
-    n_sequences = 1 + len(settings.prefer) + 2 * n_branches
+    n_sequences = 3 * settings.n_branches
     with loaded(loading, n_sequences) as amulet:
         live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="ellipsis")
         show = console.is_terminal and not as_json

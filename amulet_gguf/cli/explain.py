@@ -65,7 +65,7 @@ def explain(
     from amulet_gguf.settings import describe
 
     with (
-        loaded(loading, n_sequences=1 + len(settings.prefer)) as amulet,
+        loaded(loading, n_sequences=settings.n_branches) as amulet,
         LateBar("Answering") as bar,
     ):
         name = amulet.model.path.name

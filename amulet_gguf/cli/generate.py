@@ -54,7 +54,7 @@ def generate(
 
     output = Output()
     with (
-        loaded(loading, n_sequences=1 + len(settings.prefer)) as amulet,
+        loaded(loading, n_sequences=settings.n_branches) as amulet,
         LateBar("Reading the prompt") as bar,
         amulet.stream(text, settings=settings, on_prefill=bar.update) as stream,
     ):

@@ -95,7 +95,7 @@ def serve(
     from amulet_gguf.service.service import AmuletService
 
     n_sequences = parallel * 2
-    if len(settings.prefer) >= n_sequences:
+    if settings.n_branches > n_sequences:
         raise SettingError(f"{len(settings.prefer)} preferences need a larger --parallel")
     access = Access(host, api_key or None, allow_host, allow_origin)
     with contextlib.ExitStack() as stack:

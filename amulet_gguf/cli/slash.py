@@ -18,7 +18,7 @@ from amulet_gguf.settings import SETTINGS, describe
 if TYPE_CHECKING:
     from amulet_gguf.cli.talk import Chat
 
-_SHOWN_ELSEWHERE: Final = ("prefer", "strength", "system")
+_SHOWN_ELSEWHERE: Final = ("prefer", "avoid", "strength", "system")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ def _prefer(chat: Chat, text: str) -> None:
         _change(chat, prefer=(*settings.prefer, *parse_preferences(text[1:].strip())))
     elif text:
         _change(chat, prefer=parse_preferences(text))
+    chat.tell(describe(chat.conversation.settings))
+
+
+def _avoid(chat: Chat, text: str) -> None:
+    if text:
+        _change(chat, avoid=None if text.lower() == "none" else text)
     chat.tell(describe(chat.conversation.settings))
 
 
@@ -212,6 +218,7 @@ COMMANDS: Final[dict[str, Command]] = {
         _prefer,
         lambda: [*PRESETS, "none"],
     ),
+    "avoid": Command("/avoid TEXT", "what answers should not be; none clears", _avoid),
     "strength": Command(
         "/strength N", "0: without the preference, 1: as prompting, more: beyond", _strength
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,23 @@ from amulet_gguf.method.echo import withhold
 from amulet_gguf.method.realign import combine_unchecked, log_plausibility
 
 
-def coefficients(weights: Sequence[float], strength: float) -> tuple[float, ...]:
+def coefficients(
+    weights: Sequence[float], strength: float, has_contrast: bool = False
+) -> tuple[float, ...]:
     """Return the coefficients of (base, preference 1, preference 2, …); they sum to 1.
 
-    `x = base + sum_k s w_k (pref_k - base)` is `(1 - s sum_k w_k) base + sum_k s w_k pref_k`.
+    `x = base + sum_k s w_k (pref_k - base)` is `(1 - s sum_k w_k) base + sum_k s w_k pref_k`. With a
+    contrast, whose coefficient comes last, what lies beyond ordinary prompting p (that is, s = 1) leads
+    away from it instead of from the base: `x = p + (s - 1) (p - contrast)`.
     """
+    if has_contrast and strength > 1:
+        prompted = coefficients(weights, 1.0)
+        return (*(strength * amount for amount in prompted), 1.0 - strength)
     scaled = [strength * weight for weight in weights]
     base = 1.0 - math.fsum(scaled)
     if abs(base) <= 2.0**-50 * math.fsum(map(abs, scaled)):
         base = 0.0  # what rounding left: it must not count as a branch, or as extrapolation
-    return (base, *scaled)
+    return (base, *scaled, 0.0) if has_contrast else (base, *scaled)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Realignment:
     """Which branches a generation needs, and how they become one distribution.
 
     Attributes:
-        branches: 0 for the base, k for preference k.
+        branches: 0 for the base, k for preference k, behind them the contrast.
         coefficients: of these branches, summing to 1.
         reference: their coefficients in ordinary prompting (strength 1), which judges plausibility.
         plausibility: 0 where there is nothing to guard.
@@ -43,23 +50,33 @@ class Realignment:
 
 
 def realign(
-    weights: Sequence[float], strength: float, plausibility: float, *, keep_branches: bool = False
+    weights: Sequence[float],
+    strength: float,
+    plausibility: float,
+    *,
+    until: float | None = None,
+    has_contrast: bool = False,
+    keep_branches: bool = False,
 ) -> Realignment:
     """Say what a generation needs: at strength 0 the base alone, at 1 one preference alone.
 
     Where all coefficients lie between 0 and 1, the result is a mean of the branches. It promotes no
     token that all of them find improbable, so plausibility is left out, and so are unused branches,
-    unless `keep_branches`: the strength may then change at any token.
+    unless `keep_branches`: the strength may then change at any token. With a contrast, the base is left
+    out where no strength from `strength` to `until` needs it.
     """
-    amounts = coefficients(weights, strength)
-    reference = coefficients(weights, 1.0)
+    passed = [strength, *([] if until is None else [until, max(until, min(strength, 1.0))])]
+    found = [coefficients(weights, each, has_contrast) for each in passed]
+    amounts, reference = found[0], coefficients(weights, 1.0, has_contrast)
     branches = tuple(range(len(amounts)))
-    if all(0 <= amount <= 1 for amount in amounts):
+    is_mean = all(0 <= amount <= 1 for each in found for amount in each)
+    if is_mean:
         plausibility = 0.0
-        if not keep_branches:
-            branches = tuple(branch for branch in branches if amounts[branch] != 0)
-        if any(reference[branch] != 0 for branch in range(len(amounts)) if branch not in branches):
-            reference = amounts
+    if not keep_branches and (is_mean or has_contrast):
+        needed = found if is_mean else [*found, reference]
+        branches = tuple(branch for branch in branches if any(each[branch] != 0 for each in needed))
+    if any(reference[branch] != 0 for branch in range(len(amounts)) if branch not in branches):
+        reference = amounts
     return Realignment(
         branches,
         tuple(amounts[branch] for branch in branches),
@@ -86,17 +103,11 @@ class Fade:
     def is_constant(self) -> bool:
         return self.tokens == 0 or self.strength <= self.floor
 
-    def share(self, t: int) -> float:
-        """Return how much is left at token t of what is above the floor, from 1 down to 0."""
-        return 1.0 if self.is_constant else math.exp(-t / self.tokens)
-
     def at(self, t: int) -> float:
         """Return the strength at token t."""
-        return (
-            self.strength
-            if self.is_constant
-            else (self.floor + (self.strength - self.floor) * self.share(t))
-        )
+        if self.is_constant:
+            return self.strength
+        return self.floor + (self.strength - self.floor) * math.exp(-t / self.tokens)
 
 
 class Mixture:
@@ -105,12 +116,12 @@ class Mixture:
     It counts the tokens that it is asked for: the fade of another one begins anew.
 
     Attributes:
-        coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`), at first.
+        coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`); where the
+            strength fades, those of the first token.
         reference: (B,) coefficients of ordinary prompting, summing to 1: what judges plausibility, and
             whether realignment changed a token.
         margin: of plausibility, in nats.
         fade: of the strength.
-        settled: (B,) coefficients that the fade comes down to.
         withheld: tokens that are not amplified.
         strength: of the token that was combined last.
     """
@@ -122,23 +133,24 @@ class Mixture:
         plausibility: float = 0.0,
         *,
         fade: Fade | None = None,
-        settled: Sequence[float] = (),
+        at: Callable[[float], Sequence[float]] | None = None,
         withheld: Tokens | None = None,
     ) -> None:
         self.coefficients = np.array(coefficients, np.float64)
         self.reference = np.array(reference, np.float64)
         self.margin = log_plausibility(plausibility)
         self.fade = fade or Fade(1.0 - self.coefficients[0])
-        self.settled = np.array(settled if len(settled) else coefficients, np.float64)
+        self._at = at
         self.withheld = withheld
         self.strength = self.fade.strength
         self._n_combined = 0
 
     def combine(self, logits: Float32Array, out: Float32Array) -> int:
         """Combine (B, V) logits into `out` (V,); return the best token of ordinary prompting."""
-        self.strength, share = self.fade.at(self._n_combined), self.fade.share(self._n_combined)
+        self.strength, coefficients = self.fade.at(self._n_combined), self.coefficients
         self._n_combined += 1
-        coefficients = self.settled + share * (self.coefficients - self.settled)
+        if self._at is not None and not self.fade.is_constant:
+            coefficients = np.array(self._at(self.strength), np.float64)
         prompted = combine_unchecked(logits, coefficients, self.margin, self.reference, out)
         if self.withheld is not None:
             withhold(logits, coefficients, self.reference, self.withheld, out)

@@ -11,6 +11,7 @@ from amulet_gguf.method.echo import echo_tokens
 from amulet_gguf.method.mixture import Fade, Mixture, Realignment, coefficients, realign
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.methods import resolve
+from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.template import ChatTemplate, Message, conversation, with_preference
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
@@ -57,7 +58,7 @@ class Planner:
         settings = self.resolve(settings)
         needed = _realignment(settings, is_adjustable)
         on_end: Callable[[Sequence[int]], None] | None = None
-        texts = [None, *(preference.text for preference in settings.prefer)]
+        texts = [None, *(preference.text for preference in settings.prefer), settings.avoid]
         if text is not None and prompt is None and messages is None:
             branches = [self.template.encode_text(text, texts[branch]) for branch in needed.branches]
         else:
@@ -89,7 +90,15 @@ class Planner:
         return with_preference(checked, None, _placement(settings))
 
     def resolve(self, settings: Settings) -> Settings:
-        """Return settings with numbers for what is left to the model."""
+        """Return settings with numbers for what is left to the model.
+
+        What is to be avoided becomes an instruction; with no preference to go to, a negative one.
+        """
+        if settings.avoid is not None:
+            away = Preference(settings.avoid, -1.0)
+            settings = settings.replace(
+                prefer=settings.prefer or (away,), avoid=away.text if settings.prefer else None
+            )
         return resolve(settings, self._model.n_parameters)
 
     def mixture(self, settings: Settings) -> Mixture:
@@ -99,7 +108,11 @@ class Planner:
 
     def _mixture(self, settings: Settings, needed: Realignment) -> Mixture:
         weights = [preference.weight for preference in settings.prefer]
-        settled = coefficients(weights, _fade(settings).floor)
+
+        def at(strength: float) -> list[float]:
+            amounts = coefficients(weights, strength, settings.avoid is not None)
+            return [amounts[branch] for branch in needed.branches]
+
         withheld = None
         if settings.withhold_echo and any(not 0 <= amount <= 1 for amount in needed.coefficients):
             withheld = self._echo_tokens(tuple(p.text for p in settings.prefer if p.weight > 0))
@@ -108,7 +121,7 @@ class Planner:
             needed.reference,
             needed.plausibility,
             fade=_fade(settings),
-            settled=[settled[branch] for branch in needed.branches],
+            at=at,
             withheld=withheld,
         )
 
@@ -126,6 +139,12 @@ def _placement(settings: Settings) -> Placement:
 
 
 def _realignment(settings: Settings, keep_branches: bool) -> Realignment:
-    weights, fade = [preference.weight for preference in settings.prefer], _fade(settings)
-    keep_branches = keep_branches or not fade.is_constant
-    return realign(weights, fade.strength, settings.plausibility, keep_branches=keep_branches)
+    fade = _fade(settings)
+    return realign(
+        [preference.weight for preference in settings.prefer],
+        fade.strength,
+        settings.plausibility,
+        until=None if fade.is_constant else fade.floor,
+        has_contrast=settings.avoid is not None,
+        keep_branches=keep_branches,
+    )

@@ -33,6 +33,8 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "echo": (False,),
     "suffix": ("",),
 }
+#: What other programs call some of them.
+_ALIASES: Final = {"negative_prompt": "avoid", "guidance_scale": "strength"}
 #: Settings that a request may have; a system prompt is one of its messages.
 _SETTINGS: Final = tuple(name for name in SETTINGS if name != "system")
 
@@ -74,12 +76,17 @@ class _Request(_Asked):
             RequestError: a field that is not known or not possible here.
         """
         self._check_others()
-        extra = self.model_extra or {}
+        extra = {_ALIASES.get(name, name): value for name, value in (self.model_extra or {}).items()}
         return {name: extra[name] for name in _SETTINGS if extra.get(name) is not None}
 
     def _check_others(self) -> None:
         for name, value in (self.model_extra or {}).items():
-            if name in _SETTINGS or name in _IGNORED or (name in _UNSUPPORTED and value is None):
+            if (
+                name in _SETTINGS
+                or name in _ALIASES
+                or name in _IGNORED
+                or (name in _UNSUPPORTED and value is None)
+            ):
                 continue
             if name not in _UNSUPPORTED:
                 known = (*type(self).model_fields, *_SETTINGS)

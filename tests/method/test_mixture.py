@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_each_token_is_combined_with_its_own_strength() -> None:
         coefficients(weights, fade.strength),
         coefficients(weights, 1.0),
         fade=fade,
-        settled=coefficients(weights, fade.floor),
+        at=lambda s: coefficients(weights, s),
     )
     for t, row in enumerate(combined(mixture, 200)):
         s = 2 + 4.65 * math.exp(-t / 48)
@@ -84,6 +85,62 @@ def test_a_fading_strength_keeps_all_branches(tiny_model: Model) -> None:
         (Settings(prefer="concise", strength=0, fade=8, fade_to=0), 1),
     ):
         assert len(planner.request("Why?", None, settings).branches) == n
+
+
+# --- what is to be avoided ---
+
+
+@given(st.lists(st.floats(-2, 2), max_size=4), st.floats(-10, 50))
+def test_a_contrast_leads_away_from_itself_beyond_prompting(weights: list[float], s: float) -> None:
+    rows = np.random.default_rng(len(weights)).normal(0, 3, (len(weights) + 2, 8))
+    base, *preferences, contrast = rows
+    found = np.array(coefficients(weights, s, True)) @ rows
+    prompted = base + sum(w * (row - base) for w, row in zip(weights, preferences, strict=True))
+    expected = prompted + (s - 1) * (prompted - contrast) if s > 1 else base + s * (prompted - base)
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+    assert sum(coefficients(weights, s, True)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "n_branches"),
+    [
+        ({"strength": 3, "fade": 0}, 2),  # the preference and the contrast: the base is not needed
+        ({"strength": 6, "fade": 9, "fade_to": 2}, 2),
+        ({"strength": 6, "fade": 9, "fade_to": 0.5}, 3),  # below 1 it is
+        ({"strength": 1, "fade": 0}, 1),
+        ({"strength": 0, "fade": 0}, 1),
+        ({"strength": 0.5, "fade": 0}, 2),  # the base and the preference
+        ({"strength": 3, "fade": 0, "prefer": ["concise:0.5"]}, 3),
+    ],
+)
+def test_only_branches_that_are_needed_are_there(
+    tiny_model: Model, options: dict[str, Any], n_branches: int
+) -> None:
+    settings = Settings(**{"prefer": "concise", "avoid": "verbose", "withhold_echo": False, **options})
+    planner = Planner(tiny_model)
+    request = planner.request("Why?", None, settings)
+    assert len(request.branches) == n_branches
+    # The mixture of an adjustable generation, which has all branches, makes the same of them.
+    everything = planner.request("Why?", None, settings, is_adjustable=True)
+    assert len(everything.branches) == settings.n_branches == 3
+    where = [
+        next(i for i, all_of in enumerate(everything.branches) if np.array_equal(all_of, branch))
+        for branch in request.branches
+    ]
+    few = combined(request.mixture, 30, np.ascontiguousarray(LOGITS[where]))
+    many = combined(everything.mixture, 30, LOGITS)
+    for one, other in zip(few, many, strict=True):
+        kept = np.isfinite(one) & np.isfinite(other)  # a mean needs no mask
+        np.testing.assert_allclose(one[kept], other[kept], rtol=1e-5, atol=1e-4)
+
+
+def test_avoid_alone_is_a_negative_preference(tiny_model: Model) -> None:
+    planner = Planner(tiny_model)
+    options = {"strength": 2.0, "fade": "none"}
+    alone = planner.request("Why?", None, Settings(avoid="verbose", **options))  # type: ignore[arg-type]
+    negative = planner.request("Why?", None, Settings(prefer="verbose:-1", **options))  # type: ignore[arg-type]
+    assert [each.tolist() for each in alone.branches] == [each.tolist() for each in negative.branches]
+    assert alone.mixture.coefficients.tolist() == negative.mixture.coefficients.tolist() == [3.0, -2.0]
 
 
 # --- what is left to the model ---

@@ -211,6 +211,16 @@ def test_models_and_what_may_follow_their_name(client: openai.OpenAI, http: http
         assert caught.value.code == "model_not_found"
 
 
+def test_other_programs_names_for_avoid_and_strength(http: httpx.Client) -> None:
+    def ask(**more: Any) -> str:
+        answer = http.post(CHAT, json={**ASKED, "prefer": "concise", **more}).json()
+        return str(answer["choices"][0]["message"]["content"])
+
+    mine = ask(avoid="verbose", strength=4)
+    assert ask(negative_prompt="verbose", guidance_scale=4) == mine
+    assert ask(strength=4) != mine
+
+
 def test_biases_and_penalties_of_the_python_client(client: openai.OpenAI, load: Load) -> None:
     def ask(**more: Any) -> list[int]:
         messages: Any = HI
