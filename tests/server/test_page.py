@@ -126,6 +126,15 @@ def test_preferences_are_sent_with_their_weights(page: Any) -> None:
     assert bodies[1]["prefer"] == []
 
 
+def test_what_to_avoid_is_sent_but_not_for_the_base(page: Any) -> None:
+    bodies = limit(page, 8)
+    page.get_by_label("Avoid").fill(" Long lists. ")
+    page.get_by_label("Side by side").check()
+    ask(page)
+    page.get_by_text("tokens,").nth(1).wait_for()
+    assert sorted(body.get("avoid", "") for body in bodies) == ["", "Long lists."]
+
+
 def test_the_slider_acts_while_text_streams(page: Any, server: Running) -> None:
     limit(page, 1500)
     page.get_by_role("button", name="concise").click()
@@ -166,6 +175,7 @@ def test_side_by_side_writes_both_at_once(page: Any) -> None:
 def test_tokens_are_shaded_and_explained(page: Any) -> None:
     limit(page, 40)
     page.get_by_role("button", name="concise").click()
+    page.get_by_label("Strength").fill("5.65")
     ask(page)
     wait_for_end(page)
     token = page.locator(".text span[tabindex]").first
