@@ -65,6 +65,7 @@ def compare(
     pieces: dict[str, list[Piece]] = {name: [] for name in compared}
     n_sequences = 3 * settings.n_branches
     with loaded(loading, n_sequences) as amulet:
+        compared = {name: amulet.planner.resolve(each) for name, each in compared.items()}
         live = Live(console=console, transient=True, auto_refresh=False, vertical_overflow="ellipsis")
         show = console.is_terminal and not as_json
 
@@ -107,7 +108,7 @@ def columns(
     from rich.table import Table
 
     titles = {
-        name: f"{name} (strength {settings.strength or 0:.3g})" if settings.prefer else name
+        name: f"{name} (strength {settings.strength:.3g})" if settings.prefer else name
         for name, settings in methods.items()
     }
     shape = box.SIMPLE_HEAD if console.width >= _MIN_COLUMN * len(methods) else None

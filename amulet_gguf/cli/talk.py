@@ -158,8 +158,9 @@ class Chat:
             messages = messages[:-2]
             text = self.conversation.messages[-2]["content"]
         asked = [*messages, {"role": "user", "content": text}]
-        compared = four(settings)
-        answers = self.conversation.amulet.compare(None, compared, messages=asked)
+        amulet = self.conversation.amulet
+        compared = {name: amulet.planner.resolve(each) for name, each in four(settings).items()}
+        answers = amulet.compare(None, compared, messages=asked)
         pieces = {name: answer.pieces for name, answer in answers.items()}
         self._console.print(columns(self._console, compared, pieces))
 

@@ -254,7 +254,6 @@ def test_the_papers_parameters_set_the_strength() -> None:
     assert strength("--iterations", "1") == pytest.approx(1.952381, abs=1e-6)
     assert strength("--preset", "paper") == pytest.approx(5.648699, abs=1e-6)
     assert strength("--preset", "paper", "-s", "2") == 2
-    assert strength() == 5.65
 
 
 @pytest.mark.model
@@ -310,7 +309,8 @@ def test_on_a_terminal_the_statistics_follow_the_answer() -> None:
 
 @pytest.mark.model
 def test_compare_shows_four_answers_and_marks_what_changed() -> None:
-    result = amulet("compare", "Describe the sea.", "-p", "creative", "-n", "12", env={"COLUMNS": "160"})
+    told = ("compare", "Describe the sea.", "-p", "creative", "-s", "5")
+    result = amulet(*told, "-n", "12", env={"COLUMNS": "160"})
     text = result.stdout.decode()
     assert result.returncode == 0
     assert result.stderr == b""
@@ -319,24 +319,24 @@ def test_compare_shows_four_answers_and_marks_what_changed() -> None:
         "base",
         "prompting (strength 1)",
         "linear alignment (strength 3)",
-        "amulet (strength 5.65)",
+        "amulet (strength 5)",
     )
     places = [header.index(title) for title in titles]
     assert places == sorted(places)
     assert "«" in text
     assert "\x1b" not in text
-    narrow = amulet("compare", "Describe the sea.", "-p", "creative", "-n", "4", env={"COLUMNS": "60"})
+    narrow = amulet(*told, "-n", "4", env={"COLUMNS": "60"})
     assert [title in narrow.stdout.decode() for title in titles] == [True] * 4
 
-    record = json.loads(
-        run("compare", "Describe the sea.", "-p", "creative", "-n", "12", "--json").stdout
-    )
+    record = json.loads(run(*told, "-n", "12", "--json").stdout)
     assert list(record) == ["base", "prompting", "linear alignment", "amulet"]
-    assert [method["strength"] for method in record.values()] == [0, 1, 3, 5.65]
+    assert [method["strength"] for method in record.values()] == [0, 1, 3, 5]
     for method in record.values():
         assert "".join(text for text, _ in method["pieces"]) == method["text"]
     assert not any(changed for _, changed in record["prompting"]["pieces"])
     assert any(changed for _, changed in record["amulet"]["pieces"])
+    record = json.loads(run(*told[:4], "-n", "1", "--json").stdout)
+    assert record["amulet"]["strength"] == 1  # what this model bears
 
 
 @pytest.mark.model
