@@ -30,7 +30,19 @@ if TYPE_CHECKING:
 
 _PREFERENCES = ("creative", "verbose", "concise", "uplifting")
 _MAX_TOKENS = 128
-_SHOWN = ("win_rate", "reward", "likelihood", "words", "repetition", "unfinished", "echo", "perplexity")
+_SHOWN = (
+    "read_wins",
+    "read_broken",
+    "win_rate",
+    "no_judge",
+    "reward",
+    "likelihood",
+    "words",
+    "repetition",
+    "unfinished",
+    "echo",
+    "perplexity",
+)
 _WIDTH = 120  # columns: a wider table than the terminal is better than a folded one
 _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
 
@@ -75,7 +87,13 @@ _N_ANSWERS = 12  # (question, preference) pairs that the page shows side by side
     default="prompting",
     show_default=True,
     metavar="NAME",
-    help="The method that the judge compares the others to.",
+    help="The method that readers' ranks and the judge's are told against.",
+)
+@click.option(
+    "--read",
+    is_flag=True,
+    help="Write reading.html too, on which people rank the answers blind. What it exports goes into the "
+    "folder, and the same command again reports it.",
 )
 @click.option("--parallel", type=click.IntRange(1, 256), help="Answers at once. [default: as batch]")
 @settings_options
@@ -88,6 +106,7 @@ def evaluate(
     reward: str | None,
     judge: str | None,
     against: str,
+    read: bool,
     parallel: int | None,
     **options: Any,
 ) -> None:
@@ -112,6 +131,7 @@ def evaluate(
 
     from amulet_gguf.cli.terminal import LateBar
     from amulet_gguf.evaluation.questions import sample_questions
+    from amulet_gguf.evaluation.reading import page
     from amulet_gguf.evaluation.report import html, markdown, write_table
     from amulet_gguf.evaluation.run import Evaluation
     from amulet_gguf.evaluation.table import tabulate
@@ -139,6 +159,9 @@ def evaluate(
     write_atomically(output / "report.md", markdown(results, about, MEASURES))
     examples = _examples(evaluation, responses)
     write_atomically(output / "report.html", html(results, about, MEASURES, examples))
+    if read:
+        write_atomically(output / "reading.html", page(evaluation.groups(responses)))
+        click.echo(f"for readers: {output / 'reading.html'}", err=True)
     _show(results)
     click.echo(
         f"{len(responses)} answers in {time.monotonic() - begin:.0f} s; see {output / 'report.html'}",

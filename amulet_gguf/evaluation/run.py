@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from amulet_gguf.batch.records import Record, digest
 from amulet_gguf.batch.run import answers, result, size_batch
 from amulet_gguf.errors import BatchError, PromptTooLongError, SettingError
 from amulet_gguf.evaluation.questions import make_records
+from amulet_gguf.evaluation.reading import Group, make_groups, read_ranks, reader_values
 from amulet_gguf.evaluation.scoring import Scorer
 from amulet_gguf.evaluation.table import Value
 from amulet_gguf.evaluation.text_measures import text_measures
@@ -95,7 +97,7 @@ class Evaluation:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         responses = self._answer(parallel, progress)
-        values = list(self._measure(responses))
+        values = [*self._read(responses), *self._measure(responses)]
         if self.reward is not None:
             values += self._reward(responses, progress)
         if self.judge is not None:
@@ -119,6 +121,19 @@ class Evaluation:
                 journal.sort()
             results = list(journal.results())
         return [_response(record, found) for record, found in zip(records, results, strict=True)]
+
+    def groups(self, responses: Sequence[Response]) -> list[Group]:
+        """Return the answers as readers rank them."""
+        return make_groups(
+            [
+                (each.question, each.prompt, preference, each.method, each.text)
+                for each, preference in self._pairs(responses)
+            ]
+        )
+
+    def _read(self, responses: Sequence[Response]) -> Iterator[Value]:
+        if readers := read_ranks(self.folder):
+            yield from reader_values(self.groups(responses), readers, self.against)
 
     def _measure(self, responses: Sequence[Response]) -> Iterator[Value]:
         for response, preference in self._pairs(responses):
@@ -187,10 +202,10 @@ class Evaluation:
             verdicts = list(journal.results())
         for (response, preference), verdict in zip(pairs, verdicts, strict=True):
             if "score" in verdict:
+                # One that contradicts itself when the order is swapped judged nothing: that is no tie.
                 for measure, value in (
-                    ("win_rate", verdict["score"]),
-                    ("tie_rate", float(not verdict["agrees"])),
-                    ("agreement", float(verdict["agrees"])),
+                    ("win_rate", verdict["score"] if verdict["agrees"] else math.nan),
+                    ("no_judge", float(not verdict["agrees"])),
                 ):
                     yield Value(response.question, response.method, preference, measure, value)
 

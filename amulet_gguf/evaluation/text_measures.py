@@ -37,10 +37,22 @@ class Measure:
     limits: str
 
 
-#: Every measure, in the order of a report. `text_measures` computes those up to about_instruction;
-#: the others take a scoring model (perplexity, reward, likelihood) or a judge (the last three).
+#: Every measure, in the order of a report. `text_measures` computes words to about_instruction;
+#: the others take readers (read_*), a scoring model (perplexity, reward, likelihood) or a judge (the
+#: last two).
 # fmt: off
 MEASURES: Final[dict[str, Measure]] = {measure.name: measure for measure in (
+    Measure("read_wins", "share of comparisons that readers gave it against the opponent, ties half, "
+        "0 to 1", "higher", 2,
+        "people who ranked the answers blind (amulet eval --read)",
+        "Few readers and questions: look at the intervals. All measures behind these three are warnings "
+        "only: they have misled before."),
+    Measure("read_broken", "share of answers that readers called broken, 0 to 1", "lower", 2,
+        "people who ranked the answers blind",
+        "What is broken and what is only bad is for each to say."),
+    Measure("read_agreement", "share of its pairs that readers order alike, 0 to 1", "higher", 2,
+        "people who ranked the answers blind",
+        "Near copies are ordered by chance: it need not be high."),
     Measure("words", "words per answer", None, 0,
         "runs of letters and digits, joined by apostrophes and hyphens",
         "In scripts without spaces, all between two punctuation marks is one word."),
@@ -83,14 +95,13 @@ MEASURES: Final[dict[str, Measure]] = {measure.name: measure for measure in (
     Measure("likelihood", "log P(answer | preference prompt) per token, nats, up to 0", "higher", 3,
         "mean log-likelihood under a scoring model",
         "Favours ordinary and repetitive text, as perplexity does."),
-    Measure("win_rate", "share of comparisons won against the opponent, ties half, 0 to 1", "higher", 2,
-        "a judge model that reads both orders: Zheng et al. 2023, arXiv 2306.05685",
+    Measure("win_rate", "share of comparisons won against the opponent, 0 to 1", "higher", 2,
+        "a judge model that reads both orders and agrees with itself: "
+        "Zheng et al. 2023, arXiv 2306.05685",
         "Small judges are weak and favour length and position (Wang et al. 2023, arXiv 2305.17926): "
-        "it says little without a high agreement."),
-    Measure("tie_rate", "share of pairs in which the two orders disagree, 0 to 1", "lower", 2,
-        "position bias: Wang et al. 2023, arXiv 2305.17926",
-        "Mixes answers that are equally good with a judge that cannot tell."),
-    Measure("agreement", "share of pairs in which both orders name the same winner, 0 to 1", "higher", 2,
+        "it says nothing where they are no judge in many pairs."),
+    Measure("no_judge", "share of pairs in which the judge contradicts itself when the order is "
+        "swapped, 0 to 1", "lower", 2,
         "position bias: Wang et al. 2023, arXiv 2305.17926",
         "Consistent is not correct: a judge that always takes the longer answer agrees with itself."),
 )}

@@ -20,7 +20,7 @@ from amulet_gguf.preferences import PRESETS
 from amulet_gguf.settings import PAPER_SYSTEM
 
 LIBRARIES = ("snowballstemmer", "textstat", "vaderSentiment")
-COUNTED = list(MEASURES)[: list(MEASURES).index("perplexity")]
+COUNTED = list(MEASURES)[list(MEASURES).index("words") : list(MEASURES).index("perplexity")]
 
 
 def measures(answer: str, preference: str | None = None, system: str | None = None) -> dict[str, float]:
@@ -46,9 +46,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def test_every_measure_is_documented() -> None:
     assert list(MEASURES) == [
-        "words", "grade", "sentiment", "distinct_1", "distinct_2", "repetition", "unfinished", "echo",
-        "copied", "about_instruction", "perplexity", "reward", "likelihood", "win_rate", "tie_rate",
-        "agreement",
+        "read_wins", "read_broken", "read_agreement", "words", "grade", "sentiment",
+        "distinct_1", "distinct_2", "repetition", "unfinished", "echo",
+        "copied", "about_instruction", "perplexity", "reward", "likelihood", "win_rate", "no_judge",
     ]  # fmt: skip
     for name, measure in MEASURES.items():
         assert measure.name == name
