@@ -89,7 +89,7 @@ def test_strength_1_writes_what_ordinary_prompting_writes(amulet: Amulet) -> Non
 @pytest.mark.model
 def test_a_preference_changes_the_answer_where_it_says_so(amulet: Amulet) -> None:
     prompted = amulet.generate(PROMPT, prefer="uplifting", strength=1, max_tokens=24)
-    answer = amulet.generate(PROMPT, prefer="uplifting", max_tokens=24)
+    answer = amulet.generate(PROMPT, prefer="uplifting", strength=5.65, max_tokens=24)
     pairs = zip(prompted.pieces, answer.pieces, strict=False)
     first = next(i for i, (a, b) in enumerate(pairs) if a.token != b.token)
     # Up to there both read the same tokens, so this is the first that prompting would not write.
@@ -113,7 +113,7 @@ def test_branches_read_what_contexts_of_their_own_read(
     amulet: Amulet, seen: list[npt.NDArray[np.float32]]
 ) -> None:
     """Sharing a prefix and decoding branches together changes logits by rounding alone."""
-    answer = amulet.generate(PROMPT, prefer="creative", max_tokens=12)
+    answer = amulet.generate(PROMPT, prefer="creative", strength=2, max_tokens=12)
     template = ChatTemplate(amulet.model)
     messages = conversation(PROMPT, None, None)
     differences = []
@@ -239,7 +239,7 @@ def test_methods_are_compared_in_one_context(amulet: Amulet) -> None:
     methods = {
         "base": Settings(max_tokens=12),
         "prompting": Settings(prefer=("creative",), strength=1, max_tokens=12),
-        "amulet": Settings(prefer=("creative",), max_tokens=12),
+        "amulet": Settings(prefer=("creative",), strength=5.65, max_tokens=12),
     }
     order: list[str] = []
     answers = amulet.compare(PROMPT, methods, lambda name, piece: order.append(name))

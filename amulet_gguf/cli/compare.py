@@ -50,7 +50,7 @@ def compare(
     place are marked. Answers have 200 tokens at most unless --max-tokens says otherwise.
 
     \b
-    amulet compare "Describe the sea" --prefer creative
+    amulet compare "Describe the sea" --prefer creative --strength 5
     """
     loading, settings = loading_from(options), settings_from(options, max_tokens=200)
     if not settings.prefer:

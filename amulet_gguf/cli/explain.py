@@ -48,7 +48,7 @@ def explain(
     stood at the strongest points. Answers have 200 tokens at most unless --max-tokens says otherwise.
 
     \b
-    amulet explain "Describe the sea" --prefer creative
+    amulet explain "Describe the sea" --prefer creative --strength 3
     amulet explain "Describe the sea" --prefer creative --html sea.html
     """
     loading, settings = loading_from(options), settings_from(options, max_tokens=200)
@@ -72,9 +72,16 @@ def explain(
         turn = Conversation(amulet, settings).ask(text)
         for piece in turn:
             bar.update(len(turn.pieces), settings.max_tokens + (piece.finish_reason is None))
+    if settings.strength is None and turn.settings.strength == 1:
+        click.echo(
+            "This model is asked by ordinary prompting unless you say otherwise: --strength 3 realigns.",
+            err=True,
+        )
     if html:
         try:
-            write_atomically(Path(html), explained.page(text, describe(settings), name, turn.pieces))
+            write_atomically(
+                Path(html), explained.page(text, describe(turn.settings), name, turn.pieces)
+            )
         except OSError as error:
             raise click.ClickException(f"{html} cannot be written: {error.strerror}") from None
         click.echo(f"written: {html}", err=True)

@@ -216,8 +216,9 @@ def test_explain_shows_numbers_and_alternatives(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("AMULET_HOME", str(tmp_path))
     arguments = ["explain", "Describe the <b>sea</b>", "-p", "creative", "-n", "12"]
     page = tmp_path / "page.html"
-    result = CliRunner().invoke(main, [*arguments, "--json", "--html", str(page)])
+    result = CliRunner().invoke(main, [*arguments, "-s", "3", "--json", "--html", str(page)])
     assert result.exit_code == 0
+    assert result.stderr == f"written: {page}\n"
     record = json.loads(result.stdout)
     tokens = record["tokens"]
     assert record["summary"]["tokens"] == len(tokens) == 12
@@ -232,8 +233,9 @@ def test_explain_shows_numbers_and_alternatives(tmp_path: Path, monkeypatch: pyt
     html = page.read_text()
     assert "Describe the &lt;b&gt;sea" in html
     assert "http" not in html.replace("http-equiv", "")
-    text = CliRunner().invoke(main, arguments).stdout
-    assert "tokens changed, mean KL" in text
+    result = CliRunner().invoke(main, arguments)  # the bundled model is only prompted
+    assert "0 of 12 tokens changed, mean KL" in result.stdout
+    assert "--strength 3 realigns" in result.stderr
     assert CliRunner().invoke(main, ["explain", "x"]).exit_code == 2
 
 
