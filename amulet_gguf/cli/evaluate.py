@@ -131,7 +131,7 @@ def evaluate(
 
     from amulet_gguf.cli.terminal import LateBar
     from amulet_gguf.evaluation.questions import sample_questions
-    from amulet_gguf.evaluation.reading import page
+    from amulet_gguf.evaluation.reading import page, read_ranks
     from amulet_gguf.evaluation.report import html, markdown, write_table
     from amulet_gguf.evaluation.run import Evaluation
     from amulet_gguf.evaluation.table import tabulate
@@ -154,13 +154,20 @@ def evaluate(
     with _Bars(LateBar) as bars:
         responses, values = evaluation.run(parallel=parallel, progress=bars.update)
     results = tabulate(values)
+    groups, readers = evaluation.groups(responses), read_ranks(output)
     about = _about(evaluation, questions)
+    if readers:
+        n_read = sum(any(ranks.covers(group) for ranks in readers) for group in groups)
+        about["readers"] = f"{len(readers)}, who ranked {n_read} of {len(groups)} groups"
+        click.echo(f"readers: {about['readers']}", err=True)
+    if readers or judge:
+        about["compared to"] = against
     write_table(output, results)
     write_atomically(output / "report.md", markdown(results, about, MEASURES))
     examples = _examples(evaluation, responses)
     write_atomically(output / "report.html", html(results, about, MEASURES, examples))
     if read:
-        write_atomically(output / "reading.html", page(evaluation.groups(responses)))
+        write_atomically(output / "reading.html", page(groups))
         click.echo(f"for readers: {output / 'reading.html'}", err=True)
     _show(results)
     click.echo(
@@ -207,8 +214,6 @@ def _about(evaluation: Evaluation, questions: Sequence[Path]) -> dict[str, str]:
         "versions": f"amulet-gguf {__version__}, llama-cpp-python {version('llama-cpp-python')}",
         "command": shlex.join(["amulet", *sys.argv[1:]]),
     }
-    if evaluation.judge:
-        about["compared to"] = evaluation.against
     for name, settings in evaluation.methods.items():
         about[f"method {name}"] = json.dumps(_changes(settings), ensure_ascii=False)
     return about

@@ -101,17 +101,22 @@ class Ranks:
     places: Mapping[str, Mapping[str, int]]
     broken: Mapping[str, frozenset[str]]
 
+    def covers(self, group: Group) -> bool:
+        """All answers of the group are ranked."""
+        return set(self.places.get(group.id, ())) == set(group.texts)
+
 
 def read_ranks(folder: Path) -> list[Ranks]:
-    """Return the ranks of all readers: files ranks*.json in the folder.
+    """Return the ranks of all readers: files ranks*.json in the folder, the newest of each name.
 
     Raises:
         BatchError: one of them is not what the page exports.
     """
-    return [_ranks(path) for path in sorted(folder.glob("ranks*.json"))]
+    paths = sorted(folder.glob("ranks*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return list(dict(map(_ranks, paths)).values())
 
 
-def _ranks(path: Path) -> Ranks:
+def _ranks(path: Path) -> tuple[str, Ranks]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError("it is too large")
@@ -130,7 +135,7 @@ def _ranks(path: Path) -> Ranks:
         raise BatchError(
             f"{path} is not what the reading page exports ({reason}): export again"
         ) from None
-    return Ranks(places, broken)
+    return str(content.get("reader") or path.name), Ranks(places, broken)
 
 
 def reader_values(groups: Sequence[Group], readers: Sequence[Ranks], against: str) -> Iterator[Value]:
@@ -140,7 +145,7 @@ def reader_values(groups: Sequence[Group], readers: Sequence[Ranks], against: st
         against: the method that the others are compared to.
     """
     for group in groups:
-        whole = [ranks for ranks in readers if set(ranks.places.get(group.id, ())) == set(group.texts)]
+        whole = [ranks for ranks in readers if ranks.covers(group)]
         places = [ranks.places[group.id] for ranks in whole]
         writers = {method: each for each, methods in group.methods.items() for method in methods}
         for method, text in writers.items():

@@ -85,7 +85,8 @@ class Evaluation:
             BatchError: the folder holds another evaluation, an answer failed, or a file cannot be
                 written.
         """
-        if self.judge is not None and self.against not in self.methods:
+        readers = read_ranks(self.folder)
+        if (readers or self.judge is not None) and self.against not in self.methods:
             raise SettingError(
                 f"answers are compared to those of {self.against!r}, which is not among them"
             )
@@ -97,7 +98,10 @@ class Evaluation:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         responses = self._answer(parallel, progress)
-        values = [*self._read(responses), *self._measure(responses)]
+        values = [
+            *reader_values(self.groups(responses), readers, self.against),
+            *self._measure(responses),
+        ]
         if self.reward is not None:
             values += self._reward(responses, progress)
         if self.judge is not None:
@@ -130,10 +134,6 @@ class Evaluation:
                 for each, preference in self._pairs(responses)
             ]
         )
-
-    def _read(self, responses: Sequence[Response]) -> Iterator[Value]:
-        if readers := read_ranks(self.folder):
-            yield from reader_values(self.groups(responses), readers, self.against)
 
     def _measure(self, responses: Sequence[Response]) -> Iterator[Value]:
         for response, preference in self._pairs(responses):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,17 @@ def test_wins_broken_ones_and_agreement_are_means_over_readers(tmp_path: Path) -
         (0, "amulet", "read_agreement"): 0.5,
         (0, "strong", "read_agreement"): 1.0,
     }
+
+
+def test_a_reader_who_exports_again_counts_once_as_last_said(tmp_path: Path) -> None:
+    for age, order in ((10, ["amulet", "prompting", "strong"]), (5, ["prompting", "amulet", "strong"])):
+        path = tmp_path / f"ranks-a ({age}).json"
+        export(path, {0: [[method] for method in order]})
+        content = {**json.loads(path.read_text()), "reader": "a"}
+        path.write_text(json.dumps(content))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert measured(tmp_path)[0, "amulet", "read_wins"] == 0
+    assert (0, "amulet", "read_agreement") not in measured(tmp_path)
 
 
 def test_a_group_that_a_reader_left_unfinished_does_not_count(tmp_path: Path) -> None:
