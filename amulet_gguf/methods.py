@@ -17,8 +17,8 @@ from amulet_gguf.settings import SETTINGS, Settings
 LINEAR_ALIGNMENT: Final = 3.0
 #: What each changes in the settings that all share.
 METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "base": {"prefer": (), "strength": 0.0},
-    "prompting": {"strength": 1.0},
+    "base": {"prefer": (), "avoid": None, "strength": 0.0},
+    "prompting": {"strength": 1.0, "fade": 0.0},
     "linear-alignment": {"strength": LINEAR_ALIGNMENT, "fade": 0.0, "withhold_echo": False},
     "amulet": {},
 }

@@ -95,7 +95,7 @@ class Settings(Declared):
     avoid: str | None = setting(
         None,
         "What the answer should not be: beyond strength 1 it leads away from this instead of from the "
-        "plain model.",
+        "plain model; without --prefer, at any strength.",
         "text",
         metavar="TEXT",
     )
@@ -180,6 +180,12 @@ class Settings(Declared):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.avoid is not None:
+            try:
+                avoid = Preference(self.avoid).text if self.avoid.strip() else None
+            except SettingError as error:
+                raise SettingError(str(error), "avoid") from None
+            object.__setattr__(self, "avoid", avoid)
         total = math.fsum(abs(preference.weight) for preference in self.prefer)
         most = max(abs(self.strength or 0), self.fade_to or 0)
         if most * total > SETTINGS["strength"].high:
@@ -234,12 +240,16 @@ def describe(settings: Settings) -> str:
         return "no preference"
     parts = []
     for preference in settings.prefer:
-        name = preference.name if len(preference.name) <= 40 else preference.name[:39] + "…"
+        name = _short(preference)
         parts.append(name if preference.weight == 1 else f"{name}:{preference.weight:g}")
     if settings.avoid is not None:
-        parts.append(f"not {settings.avoid}")
+        parts.append(f"not {_short(Preference(settings.avoid))}")
     strength = "auto" if settings.strength is None else f"{settings.strength:g}"
     return f"{', '.join(parts)} · strength {strength}"
+
+
+def _short(preference: Preference) -> str:
+    return preference.name if len(preference.name) <= 40 else preference.name[:39] + "…"
 
 
 class LoadOptions(TypedDict, total=False):

@@ -14,7 +14,7 @@ from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import AmuletError, SettingError
 from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -48,6 +48,7 @@ class Job:
 
     Attributes:
         settings: as they are now.
+        adjusted: the fields of them that were changed meanwhile.
         options: see `JobOptions`.
         generation: once it is queued in the engine.
         error: why there is none.
@@ -57,6 +58,7 @@ class Job:
 
     def __init__(self, settings: Settings, **options: Unpack[JobOptions]) -> None:
         self.settings = settings
+        self.adjusted: Options = {}
         self.options = options
         self.generation: Generation | None = None
         self.error: BaseException | None = None
@@ -162,20 +164,27 @@ class AnswerStream(Iterator[Piece]):
         if not job.options.get("is_adjustable"):
             raise SettingError("this answer is not adjustable: ask for it with is_adjustable=True")
         with job.lock:
-            prefer = job.settings.prefer
+            prefer, changes = job.settings.prefer, Options()
             if weights is not None:
                 if len(weights) != len(prefer):
                     message = f"expected {len(prefer)} weights, got {len(weights)}"
                     raise SettingError(message, "weights")
-                prefer = tuple(map(Preference, [each.text for each in prefer], weights))
-            new = job.settings.strength if strength is None else strength
-            job.settings = job.settings.replace(prefer=prefer, strength=new)
+                changes["prefer"] = tuple(map(Preference, [each.text for each in prefer], weights))
+            if strength is not None:
+                changes["strength"] = strength
+            job.settings = job.settings.replace(**changes)
+            job.adjusted.update(changes)
         self._do(job.remix)
 
     @property
     def settings(self) -> Settings:
-        """As they are now."""
+        """As they are now, with numbers for what was left to the model."""
         return self._job.settings
+
+    @property
+    def adjusted(self) -> Options:
+        """The fields of the settings that `adjust` changed."""
+        return self._job.adjusted
 
     @property
     def is_finished(self) -> bool:

@@ -53,7 +53,7 @@ def compare(
     amulet compare "Describe the sea" --prefer creative --strength 5
     """
     loading, settings = loading_from(options), settings_from(options, max_tokens=200)
-    if not settings.prefer:
+    if not settings.prefer and settings.avoid is None:
         raise click.UsageError("name something to compare with --prefer")
     text = read_prompt(prompt, file)
     compared = four(settings)

@@ -52,7 +52,7 @@ def explain(
     amulet explain "Describe the sea" --prefer creative --html sea.html
     """
     loading, settings = loading_from(options), settings_from(options, max_tokens=200)
-    if not settings.prefer:
+    if not settings.prefer and settings.avoid is None:
         raise click.UsageError("name something to explain with --prefer")
     text = read_prompt(prompt, file)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from amulet_gguf.cli.options import (
+    IDLE_AVOID,
     loaded,
     loading_from,
     loading_options,
@@ -58,6 +59,8 @@ def generate(
         LateBar("Reading the prompt") as bar,
         amulet.stream(text, settings=settings, on_prefill=bar.update) as stream,
     ):
+        if settings.avoid and settings.prefer and (stream.settings.strength or 0) <= 1:
+            click.echo(f"{IDLE_AVOID}: try --strength 3", err=True)
         try:
             for piece in stream:
                 bar.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -92,6 +91,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     size = sum(file.stat().st_size for file in files)
     # A part tells only its own tensors.
     n_parameters = sum(read_header(file).n_parameters for file in files)
+    auto = auto_for(n_parameters)
     memory = {n: estimate(header, size, n_ctx, 1 + n).total for n in (0, 1, 2)}
     record: dict[str, Any] = {
         "path": str(path),
@@ -106,7 +106,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         "layers": header.number("block_count"),
         "vocabulary": header.n_vocab,
         "licence": header.text("general.license") or None,
-        "strength": dataclasses.asdict(auto_for(n_parameters)),
+        "strength": {"strength": auto.strength, "fade": auto.fade, "fade_to": auto.fade_to},
         "chat_template": source or None,
         "memory": {
             "n_ctx": n_ctx,

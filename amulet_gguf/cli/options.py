@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+#: Said where it does not; the model's own strength may be 1.
+IDLE_AVOID: Final = "beside a preference, what to avoid counts beyond strength 1 only"
 _MAX_PROMPT_BYTES = 16 * 2**20
 _PROFILE: Final = "amulet_gguf.profile"  # in a context's `meta`: values of the chosen profile
 _PAPER: Final = ("alpha", "lam", "eta", "iterations")
@@ -84,9 +86,14 @@ class _Number(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, str) and value.lower() in self._declared.words:
             return value.lower()
         try:
-            return float(self._declared.parse(self._setting, str(value)))
+            number = self._declared.parse(self._setting, str(value))
         except SettingError as error:
             self.fail(str(error), param, ctx)
+        if number is None:  # "none" unsets a setting elsewhere
+            self.fail(
+                f"{value!r} is neither a number nor {' nor '.join(self._declared.words)}", param, ctx
+            )
+        return float(number)
 
 
 def _option(name: str, declared: Setting) -> Callable[[Command], Command]:
@@ -119,9 +126,9 @@ def _bounds(declared: Setting) -> str:
         default = f"{declared.default:g}"
     elif declared.kind == "choice":
         default = declared.default
-    if declared.is_number and not declared.otherwise:
+    if declared.is_number and (declared.words or not declared.otherwise):
         low, high = declared.low, declared.high
-        parts.append(f"{low} to {high}" if high < 2**31 - 1 else f"from {low}")
+        parts.append(f"{low:g} to {high:.7g}" if high < 2**31 - 1 else f"from {low}")
     if default:
         parts.append(f"default {default}" if parts else f"default: {default}")
     return f"[{'; '.join(parts)}]" if parts else ""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from amulet_gguf.cli.options import IDLE_AVOID
 from amulet_gguf.conversation import sessions
 from amulet_gguf.declaration import SEVERAL, find
 from amulet_gguf.errors import AmuletError, SettingError
@@ -66,17 +67,22 @@ def _prefer(chat: Chat, text: str) -> None:
 def _avoid(chat: Chat, text: str) -> None:
     if text:
         _change(chat, avoid=None if text.lower() == "none" else text)
-    chat.tell(describe(chat.conversation.settings))
+    settings = chat.conversation.settings
+    chat.tell(describe(settings))
+    resolved = chat.conversation.amulet.planner.resolve(settings)
+    if settings.avoid and settings.prefer and (resolved.strength or 0) <= 1:
+        chat.tell(f"{IDLE_AVOID}: try /strength 3")
 
 
 def _strength(chat: Chat, text: str) -> None:
     if text:
         _change(chat, strength=SETTINGS["strength"].parse("strength", text))
-    chat.tell(
-        describe(chat.conversation.settings)
-        if chat.conversation.settings.prefer
-        else f"strength {text or 'auto'}, once something is preferred"
-    )
+    settings = chat.conversation.settings
+    if settings.prefer or settings.avoid:
+        chat.tell(describe(settings))
+    else:
+        strength = "auto" if settings.strength is None else f"{settings.strength:g}"
+        chat.tell(f"strength {strength}, once something is preferred")
 
 
 def _set(chat: Chat, text: str) -> None:

@@ -80,7 +80,7 @@ class Chat:
             finally:
                 turn.close()
             self.typed = keys.typed
-        self._report(turn, settings.strength)
+        self._report(turn)
         usage = turn.usage
         self.n_tokens = usage.prompt_tokens + usage.completion_tokens
         self.autosave()
@@ -92,7 +92,7 @@ class Chat:
             with contextlib.suppress(SettingError):  # at the end of the range
                 turn.adjust(round(turn.settings.strength + step, 6))
 
-    def _report(self, turn: Stream, strength: float | None) -> None:
+    def _report(self, turn: Stream) -> None:
         reason = turn.pieces[-1].finish_reason if turn.pieces else "cancelled"
         usage = turn.usage
         if reason == "cancelled":
@@ -101,7 +101,7 @@ class Chat:
             self.tell(f"[stopped at {usage.completion_tokens} tokens: /set max_tokens N allows more]")
         elif reason == "length":
             self.tell("[stopped: the context is full. /drop forgets the oldest turn, /clear all]")
-        if turn.settings.strength != strength:
+        if "strength" in turn.adjusted:
             self.tell(f"[strength {turn.settings.strength:g}]")
 
     def _make_room(self, text: str) -> bool:
@@ -149,7 +149,7 @@ class Chat:
         from amulet_gguf.methods import four
 
         settings = self.conversation.settings
-        if not settings.prefer:
+        if not settings.prefer and settings.avoid is None:
             raise SettingError("name something to compare with /prefer")
         messages = list(self.conversation.messages)
         if not text:

@@ -30,6 +30,9 @@ _FORMAT: Final = "amulet-session"
 _MAX_BYTES: Final = 64 * 2**20  # of the JSON: far more than any context holds
 _NAME: Final = re.compile(r"[\w][\w.-]{0,99}")
 
+#: What a session of 0.1.0 says if nobody said it.
+_DEFAULTS_OF_0_1: Final = (("strength", 5.65), ("plausibility", 0.1))
+
 _MAGIC: Final = b"AMULETKV"
 _HEAD: Final = struct.Struct("<8sIIQ")  # magic, version, bytes of the description, bytes of the cache
 _CACHE_VERSION: Final = 1
@@ -165,7 +168,10 @@ def _messages(value: Any) -> list[dict[str, str]]:
 
 
 def _settings(value: dict[str, Any]) -> Settings:
-    return Settings(**{name: value[name] for name in SETTINGS if name in value})
+    told = {name: value[name] for name in SETTINGS if name in value}
+    if "adapt" in value:  # 0.1.0 wrote its defaults, too, and they belong to what is gone
+        told = {name: told[name] for name in told if (name, told[name]) not in _DEFAULTS_OF_0_1}
+    return Settings(**told)
 
 
 def save_cache(name: str, model: Path, cached: Encoded, data: bytes) -> Path:

@@ -85,9 +85,10 @@ class Conversation(Generic[AnyStream]):
             return _request(planner, messages, settings)
 
         def add(stream: AnswerStream) -> None:
-            if stream.settings is not asked:
-                now = stream.settings
-                self.settings = self.settings.replace(prefer=now.prefer, strength=now.strength)
+            adjusted = stream.adjusted
+            if not self.settings.prefer:  # the weight is that of what is to be avoided
+                adjusted = {"strength": adjusted["strength"]} if "strength" in adjusted else {}
+            self.settings = self.settings.replace(**adjusted)
             # One without an answer is left out: the user can ask again.
             if stream.text and self.messages == messages[:-1]:
                 self.messages = [*messages, {"role": "assistant", "content": stream.text}]

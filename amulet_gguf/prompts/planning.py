@@ -87,7 +87,7 @@ class Planner:
     ) -> list[dict[str, str]]:
         """Return the messages of the base branch; errors as `request`."""
         checked = conversation(prompt, messages, settings.system)
-        return with_preference(checked, None, _placement(settings))
+        return with_preference(checked, None, _placement(self.resolve(settings)))
 
     def resolve(self, settings: Settings) -> Settings:
         """Return settings with numbers for what is left to the model.

@@ -76,8 +76,13 @@ class _Request(_Asked):
             RequestError: a field that is not known or not possible here.
         """
         self._check_others()
-        extra = {_ALIASES.get(name, name): value for name, value in (self.model_extra or {}).items()}
-        return {name: extra[name] for name in _SETTINGS if extra.get(name) is not None}
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        for alias, name in _ALIASES.items():
+            if alias in extra and name in extra:
+                raise RequestError(400, f"{alias} and {name} are the same: send one", param=alias)
+            if alias in extra:
+                extra[name] = extra.pop(alias)
+        return {name: extra[name] for name in _SETTINGS if name in extra}
 
     def _check_others(self) -> None:
         for name, value in (self.model_extra or {}).items():

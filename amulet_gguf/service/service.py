@@ -209,9 +209,9 @@ class AmuletService:
             if job.is_cancelled:
                 self._forget(job)
                 continue
-            with job.lock:
-                settings = job.settings = self._amulet.planner.resolve(job.settings)
             try:
+                with job.lock:
+                    settings = job.settings = self._amulet.planner.resolve(job.settings)
                 request = job.plan(self._amulet.planner, settings)
             except BaseException as error:
                 self._commands.put(partial(self._refuse, job, error))

@@ -244,6 +244,13 @@ def test_json_holds_what_was_asked_and_what_came() -> None:
     assert again.settings.as_record() == {name: record[name] for name in SETTINGS}
 
 
+@pytest.mark.parametrize("option", ["--strength", "--fade-to"])
+def test_a_word_that_stands_for_no_number_is_refused(option: str) -> None:
+    result = run("generate", "hi", option, "none")
+    assert result.exit_code == 2
+    assert "neither a number nor auto" in result.stderr
+
+
 @pytest.mark.model
 def test_the_papers_parameters_set_the_strength() -> None:
     def strength(*arguments: str) -> float:

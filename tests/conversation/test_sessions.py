@@ -90,6 +90,16 @@ def test_an_older_file_without_newer_fields_opens() -> None:
     assert sessions.load("one").settings == preferred()
 
 
+def test_what_0_1_0_wrote_without_being_asked_is_left_out() -> None:
+    path = sessions.save("one", Session(TURNS, preferred()))
+    record = json.loads(path.read_text())
+    for strength, expected in ((5.65, None), (4.0, 4.0)):
+        record["settings"] |= {"adapt": "divergence", "strength": strength, "plausibility": 0.1}
+        path.write_text(json.dumps(record))
+        loaded = sessions.load("one").settings
+        assert (loaded.strength, loaded.plausibility) == (expected, Settings().plausibility)
+
+
 @pytest.mark.parametrize(
     "text",
     [

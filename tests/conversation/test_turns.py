@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fixture_types import Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -86,6 +87,19 @@ def ask(conversation: Conversation[Stream], text: str, **options: object) -> tup
     for _ in turn:
         pass
     return turn.text, turn.usage.prefill_tokens
+
+
+def test_what_was_left_open_stays_open(tiny: Tiny) -> None:
+    """What is resolved for an answer is not kept: an auto strength, a contrast without a preference."""
+    with Amulet.load(tiny("llama"), n_ctx=256, n_threads=1, n_sequences=3) as loaded:
+        conversation = Conversation(loaded, Settings(avoid="verbose", max_tokens=8))
+        asked = conversation.settings
+        for _ in range(2):
+            ask(conversation, "a")
+            assert conversation.settings == asked
+        with conversation.ask("b") as turn:
+            turn.adjust(strength=3, weights=[-2])
+        assert conversation.settings == asked.replace(strength=3)
 
 
 @pytest.mark.model

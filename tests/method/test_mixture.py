@@ -130,7 +130,9 @@ def test_only_branches_that_are_needed_are_there(
     few = combined(request.mixture, 30, np.ascontiguousarray(LOGITS[where]))
     many = combined(everything.mixture, 30, LOGITS)
     for one, other in zip(few, many, strict=True):
-        kept = np.isfinite(one) & np.isfinite(other)  # a mean needs no mask
+        kept = np.isfinite(one) & np.isfinite(other)
+        if request.mixture.margin == everything.mixture.margin:  # a mean needs no mask
+            np.testing.assert_array_equal(np.isfinite(one), np.isfinite(other))
         np.testing.assert_allclose(one[kept], other[kept], rtol=1e-5, atol=1e-4)
 
 
@@ -153,7 +155,7 @@ def test_auto_follows_the_size_of_the_model() -> None:
         assert (settings.strength, settings.fade, settings.fade_to) == (
             auto.strength, auto.fade, auto.fade_to,
         )  # fmt: skip
-        assert f"{auto.strength:g}" in describe_auto(int(n_parameters))
+        assert describe_auto(int(n_parameters)).startswith(f"{auto.strength:g}")
 
 
 def test_what_is_typed_stays() -> None:

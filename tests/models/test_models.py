@@ -419,6 +419,7 @@ def test_show_tells_what_the_file_says(home: Path, tiny: Tiny) -> None:
     assert record["bytes"] == path.stat().st_size
     memory = record["memory"]
     assert memory["without_preference"] < memory["one_preference"] < memory["two_preferences"]
+    assert set(record["strength"]) == {"strength", "fade", "fade_to"}
     assert "with two" in run("show", "m").stdout
     assert run("show", "m", "--template").exit_code == 0
     assert run("show", "nosuch").exit_code == 1

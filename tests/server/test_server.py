@@ -219,6 +219,17 @@ def test_other_programs_names_for_avoid_and_strength(http: httpx.Client) -> None
     mine = ask(avoid="verbose", strength=4)
     assert ask(negative_prompt="verbose", guidance_scale=4) == mine
     assert ask(strength=4) != mine
+    assert ask(negative_prompt="", guidance_scale=4, strength=None) == ask(strength=4)
+    for both in (
+        {"strength": 4, "guidance_scale": 4},
+        {"avoid": "verbose", "negative_prompt": "verbose"},
+    ):
+        answer = http.post(CHAT, json={**ASKED, "prefer": "concise", **both})
+        assert answer.status_code == 400
+        assert "are the same: send one" in answer.json()["error"]["message"]
+    answer = http.post(CHAT, json={**ASKED, "negative_prompt": "verbos"})
+    assert answer.status_code == 400
+    assert "did you mean 'verbose'" in answer.json()["error"]["message"]
 
 
 def test_biases_and_penalties_of_the_python_client(client: openai.OpenAI, load: Load) -> None:

@@ -194,6 +194,8 @@ def test_settings_are_refused_at_once_and_prompts_from_the_iterator(service: Ser
     running = service()
     with pytest.raises(SettingError):
         running.stream("x", strength=1e9)
+    with pytest.raises(SettingError, match="did you mean 'verbose'"):
+        running.stream("x", avoid="verbos")  # before a thread stumbles over it
     for bad, error in (("", PromptError), ("word " * 2000, PromptTooLongError)):
         with pytest.raises(error):
             running.stream(bad).answer()
