@@ -154,7 +154,8 @@ def evaluate(
     with _Bars(LateBar) as bars:
         responses, values = evaluation.run(parallel=parallel, progress=bars.update)
     results = tabulate(values)
-    groups, readers = evaluation.groups(responses), read_ranks(output)
+    readers = read_ranks(output)
+    groups = evaluation.groups(responses) if read or readers else []
     about = _about(evaluation, questions)
     if readers:
         n_read = sum(any(ranks.covers(group) for ranks in readers) for group in groups)

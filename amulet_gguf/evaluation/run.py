@@ -98,10 +98,10 @@ class Evaluation:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         responses = self._answer(parallel, progress)
-        values = [
-            *reader_values(self.groups(responses), readers, self.against),
-            *self._measure(responses),
-        ]
+        values: list[Value] = []
+        if readers:
+            values += reader_values(self.groups(responses), readers, self.against)
+        values += self._measure(responses)
         if self.reward is not None:
             values += self._reward(responses, progress)
         if self.judge is not None:
