@@ -12,11 +12,12 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from command_lines import chosen
 
 from amulet_gguf import llm_plugin
 from amulet_gguf.batch.records import read_records
 from amulet_gguf.cli import slash
-from amulet_gguf.cli.options import loading_from, loading_options, settings_from, settings_options
+from amulet_gguf.cli.options import settings_options
 from amulet_gguf.declaration import SEVERAL
 from amulet_gguf.home.config import load_config
 from amulet_gguf.methods import method
@@ -64,20 +65,6 @@ def typed(name: str) -> list[str]:
     return [option, SAMPLES[name][1]]
 
 
-def run(*arguments: str) -> tuple[Settings, Loading]:
-    found: list[tuple[Settings, Loading]] = []
-
-    @click.command()
-    @settings_options
-    @loading_options
-    def command(**options: Any) -> None:
-        found.append((settings_from(options), loading_from(options)))
-
-    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.stderr
-    return found[0]
-
-
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AMULET_HOME", str(tmp_path))
@@ -94,7 +81,7 @@ def test_every_setting_has_a_sample() -> None:
 
 @every_setting
 def test_the_command_line(name: str) -> None:
-    assert run(*typed(name))[0] == expected(name)
+    assert chosen(*typed(name))[0] == expected(name)
     help = CliRunner().invoke(click.command()(settings_options(lambda: None)), ["--help"]).stdout
     assert typed(name)[0] in help
 
@@ -106,7 +93,7 @@ def test_profiles(name: str, home: Path) -> None:
     added = CliRunner().invoke(main, ["profiles", "add", "p", *typed(name)])
     assert added.exit_code == 0, added.output
     assert load_config().settings("p", Settings()) == expected(name)
-    assert run("--profile", "p")[0] == expected(name)
+    assert chosen("--profile", "p")[0] == expected(name)
 
 
 @every_setting
@@ -188,10 +175,10 @@ def test_ways_to_load_a_model(name: str, value: Any) -> None:
 
     loading = Loading(**{name: value})
     arguments = [f"--{name.replace('_', '-')}", str(value)]
-    assert run(*arguments)[1] == loading
+    assert chosen(*arguments)[1] == loading
     assert llm_plugin._given(llm_plugin.AmuletModel.Options(**{name: value}), LOADING) == {name: value}
     assert CliRunner().invoke(main, ["profiles", "add", "p", *arguments]).exit_code == 0
-    assert run("--profile", "p")[1] == loading
+    assert chosen("--profile", "p")[1] == loading
 
 
 @pytest.mark.parametrize("name", [name for name, each in SETTINGS.items() if each.is_number])

@@ -7,17 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
+from command_lines import chosen
 
 from amulet_gguf.cli import main
 from amulet_gguf.errors import ConfigError
 from amulet_gguf.home import config
 from amulet_gguf.preferences import as_preferences
-from amulet_gguf.settings import Loading, Settings
+from amulet_gguf.settings import Settings
 
 GOOD = """\
 # mine
@@ -154,23 +153,6 @@ def test_edits_of_two_processes_are_both_kept(file: Path) -> None:
 
 
 # The command
-
-
-def chosen(*arguments: str) -> tuple[Settings, Loading]:
-    """The settings, and the way to load a model, that a command line and the configuration make."""
-    from amulet_gguf.cli.options import loading_from, loading_options, settings_from, settings_options
-
-    found: list[tuple[Settings, Loading]] = []
-
-    @click.command()
-    @settings_options
-    @loading_options
-    def command(**options: Any) -> None:
-        found.append((settings_from(options), loading_from(options)))
-
-    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.stderr
-    return found[0]
 
 
 def settings_of(*arguments: str) -> Settings:
