@@ -177,6 +177,8 @@ def log_sum(logits: Float32Array) -> float:
 @kernel()
 def _gather(logits: Float32Array, floor: np.float32, found: npt.NDArray[np.int32]) -> int:
     """Write the indices of logits >= floor into `found`, ascending; return how many they are."""
+    if floor == 0.0:
+        floor = np.float32(-0.0)  # equal, but with a smaller key: a block of -0.0 is not passed over
     floor_key = largest_key(np.array([floor], np.float32))
     count = 0
     for start in range(0, logits.size, BLOCK):

@@ -164,6 +164,7 @@ def assert_kept(row: Row, options: dict[str, Any]) -> None:
 @given(st.lists(logit, min_size=1, max_size=40), filters)
 @example([0.0] * 10, {"top_k": 3})  # ties go by index
 @example([0.0] * 10, {"top_p": 0.5})
+@example([-1.0, -0.0], {"min_p": 1.0})  # the bound is 0.0, the best of the block -0.0
 @example([0.0, -60.0, -70.0, -INF], {"top_k": 3})
 @example([0.0, -5.0, -9.0, -30.0], {"top_k": 4, "top_p": 0.9999})
 @settings(deadline=None, max_examples=300)
