@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,7 @@ def chat(
     n_sequences = max(_SEQUENCES if is_terminal else 1, settings.n_branches)
     console = Console(highlight=False, markup=False, emoji=False)
     with loaded(loading, n_sequences) as amulet:
+        from amulet_gguf.cli.terminal import key_by_key
         from amulet_gguf.conversation.turns import Conversation
 
         talk = Chat(Conversation(amulet, settings), console)
@@ -74,7 +76,8 @@ def chat(
             typed = SETTINGS if options["preset"] else typed_settings(options)
             talk.resume(resume, **{name: getattr(settings, name) for name in typed})
         lines = prompted(talk) if is_terminal else (line.rstrip("\n") for line in sys.stdin)
-        failed = run(talk, lines)
+        with key_by_key() if is_terminal else contextlib.nullcontext():
+            failed = run(talk, lines)
     if failed and not is_terminal:
         raise SystemExit(1)
 

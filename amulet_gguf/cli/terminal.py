@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -76,6 +78,27 @@ class Output:
     def end_line(self) -> None:
         if self._line_is_open:
             self.write("\n")
+
+
+@contextlib.contextmanager
+def key_by_key() -> Iterator[None]:
+    """Let the terminal keep each key for who reads next.
+
+    While nobody does, in its mode for whole lines, it takes a Ctrl-D for itself, and it is lost.
+    """
+    try:
+        import termios
+    except ImportError:  # Windows: a console has no such mode
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    mode = termios.tcgetattr(sys.stdin)
+    mode[3] &= ~termios.ICANON
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def printable(text: str) -> str:

@@ -205,6 +205,17 @@ def test_keys_change_the_strength_of_the_answer_under_way(start: Start) -> None:
     terminal.ready()
 
 
+def test_a_ctrl_d_that_nobody_waits_for_leaves_afterwards(start: Start) -> None:
+    terminal = start("-n", "24", "-p", "formal")
+    terminal.ready()
+    terminal.say("/compare What is rain?")
+    terminal.until("/compare What is rain\\?\n")
+    time.sleep(0.3)  # the four answers take longer, and no line editor runs
+    terminal.press("\x04")
+    terminal.until("linear alignment")
+    assert terminal.end() == 0
+
+
 def test_alt_enter_begins_a_line_and_tab_completes(start: Start) -> None:
     terminal = start("-n", "4")
     terminal.ready()
