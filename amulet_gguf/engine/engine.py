@@ -61,6 +61,11 @@ class Engine:
         return self._sequences.context.n_ctx
 
     @property
+    def n_threads(self) -> int:
+        """CPU threads of a step."""
+        return self._sequences.context.n_threads
+
+    @property
     def n_live(self) -> int:
         """Generations that have sequences now."""
         return len(self._sequences.live)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from amulet_gguf.amulet import load_model
-from amulet_gguf.errors import PromptTooLongError, SettingError
-from amulet_gguf.llama.context import Context
+from amulet_gguf.engine.likelihood import Likelihood
+from amulet_gguf.errors import SettingError
 from amulet_gguf.method.arrays import Float64Array, Tokens
 from amulet_gguf.method.sampling import log_sum
 from amulet_gguf.prompts.planning import Planner
@@ -21,7 +18,6 @@ from amulet_gguf.settings import Loading
 
 _N_PROMPTS: Final = 3  # prompts kept in the cache: answers come grouped by question and preference
 _N_CTX: Final = 2048
-_BATCH: Final = 128
 _LABELS: Final = ("A", "B")
 _QUESTION: Final = """\
 Compare two answers to a question.
@@ -80,25 +76,19 @@ class Scorer:
         try:
             n_ctx = loading.n_ctx or min(_N_CTX, self._model.n_ctx_train or _N_CTX)
             self._planner = Planner(self._model)
-            self._context = Context(
-                self._model,
-                n_ctx=n_ctx,
-                n_sequences=_N_PROMPTS + 1,
-                n_batch=_BATCH,
-                n_outputs=_BATCH,
-                n_threads=loading.n_threads,
+            self._likelihood = Likelihood(
+                self._model, n_ctx=n_ctx, n_prompts=_N_PROMPTS, n_threads=loading.n_threads
             )
         except BaseException:
             self._model.close()
             raise
-        self._prompts: OrderedDict[bytes, int] = OrderedDict()
         self._labels = [self._label(label) for label in _LABELS]
 
     def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._context.close()
+        self._likelihood.__exit__()
         self._model.close()
 
     def log_likelihood(self, question: str, preference: str | None, answer: str) -> Float64Array:
@@ -109,22 +99,8 @@ class Scorer:
         Raises:
             PromptTooLongError: prompt and answer do not fit into the context.
         """
-        prompt = self._encode(question, preference)
         tokens = self._model.tokenize(answer, special=False)
-        if len(prompt) + len(tokens) > self._context.n_ctx:
-            raise PromptTooLongError(len(prompt) + len(tokens), self._context.n_ctx)
-        if not len(tokens):
-            return np.empty(0)
-        work = _N_PROMPTS
-        self._context.copy(self._read(prompt[:-1]), work)
-        inputs = np.concatenate([prompt[-1:], tokens[:-1]])
-        found = np.empty(len(tokens))
-        for start in range(0, len(inputs), _BATCH):
-            chunk = inputs[start : start + _BATCH]
-            self._context.add(work, chunk, output=True, n_outputs=len(chunk))
-            for row, logits in enumerate(self._context.decode(), start):
-                found[row] = logits[tokens[row]] - log_sum(logits)
-        return found
+        return self._likelihood.log_likelihood(self._encode(question, preference), tokens)
 
     def compare(self, question: str, preference: str, answer: str, other: str) -> Verdict:
         """Judge an answer against another, in both orders.
@@ -135,12 +111,7 @@ class Scorer:
         shares, masses = [], []
         for first, second in ((answer, other), (other, answer)):
             text = _QUESTION.format(question=question, preference=preference, first=first, second=second)
-            prompt = self._encode(text, None)
-            if len(prompt) > self._context.n_ctx:
-                raise PromptTooLongError(len(prompt), self._context.n_ctx)
-            work = _N_PROMPTS
-            self._context.free(work)
-            logits = self._extend(work, prompt, output=True)
+            logits = self._likelihood.logits(self._encode(text, None))
             a, b = (float(logits[label] - log_sum(logits)) for label in self._labels)
             shares.append(1.0 / (1.0 + math.exp(b - a)))
             masses.append(math.exp(a) + math.exp(b))
@@ -155,26 +126,3 @@ class Scorer:
     def _encode(self, question: str, preference: str | None) -> Tokens:
         messages = with_preference(conversation(question, None, None), preference, "turn")
         return self._planner.template.encode(messages).tokens
-
-    def _read(self, prompt: Tokens) -> int:
-        """Return the sequence where a prompt is cached, reading it if there is none."""
-        name = prompt.tobytes()
-        if name in self._prompts:
-            self._prompts.move_to_end(name)
-            return self._prompts[name]
-        if len(self._prompts) < _N_PROMPTS:
-            sequence = len(self._prompts)
-        else:
-            _, sequence = self._prompts.popitem(last=False)
-        self._context.free(sequence)
-        self._extend(sequence, prompt, output=False)
-        self._prompts[name] = sequence
-        return sequence
-
-    def _extend(self, sequence: int, tokens: Tokens, *, output: bool) -> np.ndarray:
-        """Read tokens into a sequence; return the (V,) logits after the last of them if asked to."""
-        for start in range(0, len(tokens), _BATCH):
-            is_last = start + _BATCH >= len(tokens)
-            self._context.add(sequence, tokens[start : start + _BATCH], output=output and is_last)
-            logits = self._context.decode()
-        return logits[-1] if output else logits

@@ -63,6 +63,7 @@ class FakeContext:
     error: BaseException | None = None
     is_closed: bool = False
     can_truncate: bool = True
+    n_threads: int = 1
 
     def __post_init__(self) -> None:
         assert 1 <= self.n_sequences <= self.n_batch
