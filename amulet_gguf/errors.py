@@ -14,7 +14,8 @@
     │   └── ClosedError
     ├── BatchError              the input or output of a batch cannot be used
     ├── ConfigError             the configuration file cannot be used (names file, line and key)
-    └── SessionError            a saved conversation cannot be used
+    ├── SessionError            a saved conversation cannot be used
+    └── TasteError              a learned taste cannot be used
 
 Each message is one line that says what is wrong and what to do about it.
 """
@@ -111,6 +112,10 @@ class ConfigError(AmuletError):
 
 class SessionError(AmuletError):
     """A saved conversation is missing, damaged, or from a newer version."""
+
+
+class TasteError(AmuletError):
+    """A learned taste is missing, damaged, from a newer version, or cannot be saved."""
 
 
 def shown(value: Any) -> str:

@@ -19,6 +19,7 @@ from amulet_gguf.cli.models import models
 from amulet_gguf.cli.profiles import profiles
 from amulet_gguf.cli.serve import serve
 from amulet_gguf.cli.sessions import sessions
+from amulet_gguf.cli.taste import taste
 from amulet_gguf.errors import AmuletError, SettingError
 
 
@@ -60,6 +61,7 @@ main.add_command(explain)
 main.add_command(models)
 main.add_command(sessions)
 main.add_command(profiles)
+main.add_command(taste)
 main.add_command(bench)
 main.add_command(evaluate)
 main.add_command(doctor)

@@ -98,6 +98,10 @@ def run(chat: Chat, lines: Iterable[str]) -> bool:
                 chat.answer(text.removeprefix("/") if text.startswith("//") else text)
         except EOFError:
             break
+        except KeyboardInterrupt:
+            if chat.ask is None:
+                raise
+            chat.tell("[stopped]")
         except AmuletError as error:
             failed = True
             click.secho(f"Error: {error}", err=True, fg="red")

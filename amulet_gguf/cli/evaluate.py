@@ -131,7 +131,7 @@ def evaluate(
 
     from amulet_gguf.cli.terminal import LateBar
     from amulet_gguf.evaluation.questions import sample_questions
-    from amulet_gguf.evaluation.reading import page, read_ranks
+    from amulet_gguf.evaluation.reading import read_ranks, write_page
     from amulet_gguf.evaluation.report import html, markdown, write_table
     from amulet_gguf.evaluation.run import Evaluation
     from amulet_gguf.evaluation.table import tabulate
@@ -168,8 +168,7 @@ def evaluate(
     examples = _examples(evaluation, responses)
     write_atomically(output / "report.html", html(results, about, MEASURES, examples))
     if read:
-        write_atomically(output / "reading.html", page(groups))
-        click.echo(f"for readers: {output / 'reading.html'}", err=True)
+        click.echo(f"for readers: {write_page(output, groups)}", err=True)
     _show(results)
     click.echo(
         f"{len(responses)} answers in {time.monotonic() - begin:.0f} s; see {output / 'report.html'}",

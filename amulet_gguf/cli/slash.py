@@ -85,6 +85,29 @@ def _strength(chat: Chat, text: str) -> None:
         chat.tell(f"strength {strength}, once something is preferred")
 
 
+def _ab(chat: Chat, text: str) -> None:
+    from amulet_gguf.cli.pair import told
+    from amulet_gguf.taste.taste import open_taste
+
+    conversation = chat.conversation
+    if text.lower() == "off":
+        taste, chat.taste, chat.pair = chat.taste, None, None
+        if taste is not None and taste.preferences():
+            _change(chat, prefer=taste.preferences())
+        chat.tell(describe(conversation.settings))
+        return
+    chat.taste = open_taste(text or "mine", conversation.settings.prefer)
+    chat.tell(f"answers come in pairs, {chat.taste.name} learns from what you choose; /ab off ends it")
+    if chat.taste.choices:
+        chat.tell(told(chat.taste))
+
+
+def _better(chat: Chat, text: str) -> None:
+    if text.upper() not in ("A", "B", "="):
+        raise SettingError("/better A, /better B, or /better = for neither")
+    chat.choose(text.upper())
+
+
 def _set(chat: Chat, text: str) -> None:
     name, _, value = text.partition(" ")
     if not name:
@@ -232,6 +255,12 @@ COMMANDS: Final[dict[str, Command]] = {
         "/compare [TEXT]",
         "four ways to answer TEXT, or the last message",
         lambda chat, text: chat.compare(text),
+    ),
+    "ab": Command(
+        "/ab [NAME]", "answers in pairs, to learn what you prefer; off ends it", _ab, lambda: ["off"]
+    ),
+    "better": Command(
+        "/better A|B|=", "go on with that answer of the pair", _better, lambda: ["A", "B", "="]
     ),
     "why": Command(
         "/why", "what the preferences changed in the last answer", lambda chat, _: chat.why()

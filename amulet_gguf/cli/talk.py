@@ -17,9 +17,12 @@ from amulet_gguf.settings import describe
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from amulet_gguf.cli.pair import Pair
     from amulet_gguf.conversation.turns import Conversation
     from amulet_gguf.stream import Stream
+    from amulet_gguf.taste.taste import Taste
 
+_CHOOSE: Final = "/better A or /better B chooses, /better = takes A and learns nothing"
 #: What one press of Ctrl-Up or Ctrl-Down changes.
 STRENGTH_STEP: Final = 0.5
 
@@ -32,6 +35,8 @@ class Chat:
         name: of its session.
         n_tokens: that the conversation took with the last answer.
         typed: text for the next line: what was typed while the last answer was written.
+        taste: what learns from choices, while answers come in pairs.
+        pair: the answers that wait for a choice.
         ask: puts a question to the user; None where there is nobody.
     """
 
@@ -41,6 +46,8 @@ class Chat:
         self.n_tokens = 0
         self.typed = ""
         self.ask: Callable[[str], str] | None = None
+        self.taste: Taste | None = None
+        self.pair: Pair | None = None
         self._console = console
 
     def tell(self, text: str) -> None:
@@ -53,8 +60,12 @@ class Chat:
         """Answer a message; return whether anything was written."""
         from amulet_gguf.cli.view import AnswerView, listening
 
+        if self._waiting() is not None:
+            raise SettingError(f"{_CHOOSE}, or /ab off")
         if not self._make_room(text):
             return False
+        if self.taste is not None:
+            return self._answer_twice(text, self.taste)
         settings = self.conversation.amulet.planner.resolve(self.conversation.settings)
         with listening() as keys, AnswerView(self._console) as view:
             turn: Stream | None = None
@@ -85,6 +96,49 @@ class Chat:
         self.n_tokens = usage.prompt_tokens + usage.completion_tokens
         self.autosave()
         return bool(turn.text)
+
+    def _answer_twice(self, text: str, taste: Taste) -> bool:
+        """Answer a message with a pair; it is not said before one is chosen."""
+        from amulet_gguf.cli.pair import write_pair
+
+        conversation = self.conversation
+        messages = [*conversation.messages, {"role": "user", "content": text}]
+        pair = write_pair(self._console, conversation.amulet, taste, messages, conversation.settings)
+        if pair.is_equal:
+            self.tell("[the two are the same]")
+            self._keep(pair, "A")
+            return True
+        self.pair = pair
+        self.tell(f"[{_CHOOSE}]")
+        return True
+
+    def choose(self, better: str) -> None:
+        """Go on with an answer of the pair, "A" or "B", and learn from that; "=" takes A and learns
+        nothing."""
+        from amulet_gguf.cli.pair import told
+
+        pair, taste = self._waiting(), self.taste
+        if pair is None or taste is None:
+            raise SettingError("there is no pair to choose from: /ab begins")
+        if better != "=":
+            taste.add(pair.choice(better))
+            self.tell(told(taste))
+        self._keep(pair, "A" if better == "=" else better)
+
+    def _waiting(self) -> Pair | None:
+        """Return the pair to choose from; one whose conversation has changed since is gone."""
+        if self.pair is not None and self.pair.messages[:-1] != self.conversation.messages:
+            self.pair = None
+        return self.pair
+
+    def _keep(self, pair: Pair, name: str) -> None:
+        self.pair = None
+        self.conversation.messages = [
+            *map(dict, pair.messages),
+            {"role": "assistant", "content": pair.candidates[name].text},
+        ]
+        self.conversation.pieces = []
+        self.autosave()
 
     def _act(self, keys: list[str], turn: Stream) -> None:
         step = STRENGTH_STEP * (keys.count("c-up") - keys.count("c-down"))
@@ -145,7 +199,7 @@ class Chat:
 
     def compare(self, text: str) -> None:
         """Answer a message, or the last one again, in four ways; the conversation stays as it is."""
-        from amulet_gguf.cli.compare import columns
+        from amulet_gguf.cli.columns import Columns, strengths
         from amulet_gguf.methods import four
 
         settings = self.conversation.settings
@@ -160,9 +214,8 @@ class Chat:
         asked = [*messages, {"role": "user", "content": text}]
         amulet = self.conversation.amulet
         compared = {name: amulet.planner.resolve(each) for name, each in four(settings).items()}
-        answers = amulet.compare(None, compared, messages=asked)
-        pieces = {name: answer.pieces for name, answer in answers.items()}
-        self._console.print(columns(self._console, compared, pieces))
+        with Columns(self._console, strengths(compared)) as columns:
+            amulet.compare(None, compared, columns.add, messages=asked)
 
     def why(self) -> None:
         """Show what the preferences changed in the last answer."""

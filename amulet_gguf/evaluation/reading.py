@@ -21,10 +21,12 @@ from typing import Final
 from amulet_gguf.batch.records import digest
 from amulet_gguf.errors import BatchError, shown
 from amulet_gguf.evaluation.table import Value
+from amulet_gguf.home.files import write_atomically
 from amulet_gguf.preferences import Preference
 
 _FORMAT: Final = "amulet-ranks"
 _MAX_BYTES: Final = 2**24
+_PAGE: Final = "reading.html"
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,12 @@ def make_groups(answers: Sequence[tuple[int, str, str, str, str]]) -> list[Group
     return groups
 
 
-def page(groups: Sequence[Group]) -> str:
-    """Return the page as HTML that needs nothing else; it shuffles for each reader anew."""
+def write_page(folder: Path, groups: Sequence[Group]) -> Path:
+    """Write the page, HTML that needs nothing else and shuffles for each reader anew; return its path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     order = list(groups)
     random.Random(0).shuffle(order)
     data = [
@@ -86,7 +92,9 @@ def page(groups: Sequence[Group]) -> str:
     script = html.partition("<script>")[2].partition("</script>")[0]
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     content = json.dumps({"format": _FORMAT, "groups": data}).replace("<", "\\u003c")
-    return html.replace("SCRIPT-HASH", allowed).replace("DATA", content, 1)
+    path = folder / _PAGE
+    write_atomically(path, html.replace("SCRIPT-HASH", allowed).replace("DATA", content, 1))
+    return path
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,39 @@ def reader_values(groups: Sequence[Group], readers: Sequence[Ranks], against: st
             for measure, numbers in found.items():
                 if numbers:
                     yield Value(group.question, method, group.preference, measure, fmean(numbers))
+
+
+def preferred_pairs(folder: Path) -> list[tuple[str, str, str]]:
+    """Return what readers preferred in a folder: question, better answer, worse one.
+
+    Of each group that a reader ranked, every answer is compared with those in the next place alone.
+
+    Raises:
+        BatchError: there is no reading page, it is damaged, or a file of ranks is.
+    """
+    path = folder / _PAGE
+    try:
+        data = path.read_text("utf-8").partition('<script type="application/json" id="data">')[2]
+        groups = json.loads(data.partition("</script>")[0])["groups"]
+        texts = {
+            str(group["id"]): {str(each["id"]): str(each["text"]) for each in group["answers"]}
+            for group in groups
+        }
+        questions = {str(group["id"]): str(group["question"]) for group in groups}
+    except FileNotFoundError:
+        raise BatchError(f"there is no {path}: amulet eval --read writes it") from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise BatchError(f"{path} is damaged ({shown(str(error))}): write it again") from None
+    found = []
+    for ranks in read_ranks(folder):
+        for group, places in ranks.places.items():
+            answers = texts.get(group, {})
+            found += [
+                (questions[group], answers[better], answers[worse])
+                for better, worse in itertools.permutations(places, 2)
+                if places[worse] == places[better] + 1 and {better, worse} <= answers.keys()
+            ]
+    return found
 
 
 def _won(places: Mapping[str, int], one: str, other: str) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from amulet_gguf.errors import ConfigError, SettingError, shown
-from amulet_gguf.home.files import write_atomically
+from amulet_gguf.home.files import locked, write_atomically
 from amulet_gguf.home.paths import config_file
 from amulet_gguf.settings import LOADING, SETTINGS, Settings
 
@@ -309,11 +309,8 @@ def _edit(change: Callable[[str], str]) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    from filelock import FileLock
-
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with FileLock(path.with_suffix(".lock"), timeout=10):
+        with locked(path):
             yield
-    except OSError as error:  # the lock's timeout too
+    except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -45,6 +45,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(target.parent)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes and threads that lock the same file from it meanwhile; make its folder.
+
+    Raises:
+        OSError: it cannot be locked, or not within ten seconds.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(path.with_suffix(".lock"), timeout=10):
+        yield
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` as UTF-8, line ends as they are: afterwards the file holds all of it or what it held.
 

@@ -33,6 +33,11 @@ def sessions_folder() -> Path:
     return data_folder() / "sessions"
 
 
+def tastes_folder() -> Path:
+    """Choices that tastes were learned from."""
+    return data_folder() / "tastes"
+
+
 def history_file() -> Path:
     """What was typed in `amulet chat`, for its line editor."""
     return data_folder() / "history"

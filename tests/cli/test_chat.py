@@ -16,6 +16,7 @@ import pyte
 import pytest
 
 from amulet_gguf.conversation import sessions
+from amulet_gguf.taste.taste import open_taste
 
 pytestmark = pytest.mark.model
 
@@ -294,7 +295,7 @@ def test_a_conversation_is_resumed_with_what_was_said_and_preferred() -> None:
     pipe("My name is Ann.\n/prefer formal\n/strength 2\nHello.\n", "-n", "4")
     (name,) = sessions.names()
     done = pipe("/show\n", "--resume")
-    assert "2 turns" in done.stderr
+    assert "1 turns" in done.stderr
     assert "formal · strength 2" in done.stderr
     assert pipe("", "--resume", "nosuch").returncode == 1
     assert "no session 'nosuch'" in pipe("", "--resume", "nosuch").stderr
@@ -366,3 +367,54 @@ def test_sessions_are_listed_exported_and_removed() -> None:
     assert run("rm", "ann").returncode == 0
     assert run("rm", "ann").returncode == 1
     assert "no session 'ann'" in run("export", "ann").stderr
+
+
+def test_answers_in_pairs_teach_a_taste_and_the_chosen_one_is_gone_on_with(home: Path) -> None:
+    lines = [
+        "/better A",
+        "/prefer Answer like an old sailor.",
+        "/ab",
+        "What is rain?",
+        "And snow?",
+        "/better c",
+        "/better b",
+        "And snow?",
+        "/better =",
+        "And hail?",
+        "/system Be kind.",
+        "/undo",
+        "/better A",
+        "/ab off",
+        "/show",
+    ]
+    done = pipe("\n".join(lines) + "\n", "-n", "8", "--strength", "3")
+    assert done.stderr.count("Error: ") == 4  # no pair, no choice made, no such choice, no pair
+    assert "/better A or /better B chooses" in done.stderr
+    assert "1 choice: " in done.stderr
+    assert "1 turns" in done.stderr
+    taste = open_taste("mine")
+    (choice,) = taste.choices
+    assert taste.attributes[-1] == "Answer like an old sailor."
+    (name,) = sessions.names()
+    messages = sessions.load(name).messages
+    assert messages[1]["content"] == choice.better.text
+    assert messages[1]["content"] != choice.worse.text
+    assert set(choice.better.features) == set(taste.attributes)
+
+
+def test_a_pair_can_be_stopped_at_a_terminal_and_the_chat_goes_on(start: Start) -> None:
+    terminal = start("--strength", "3")
+    terminal.ready()
+    terminal.say("/ab")
+    terminal.until("answers come in pairs")
+    terminal.ready()
+    terminal.say("Tell me a very long story about the sea.")
+    terminal.until(r"A +B")
+    terminal.press("\x03")
+    terminal.until(r"\[stopped\]")
+    terminal.ready()
+    terminal.say("/ab off")
+    terminal.until("no preference")
+    terminal.press("\x04")
+    assert terminal.end() == 0
+    assert sessions.names() == []

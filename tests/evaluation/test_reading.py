@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from amulet_gguf.errors import BatchError
-from amulet_gguf.evaluation.reading import Group, make_groups, page, read_ranks, reader_values
+from amulet_gguf.evaluation.reading import (
+    Group,
+    make_groups,
+    preferred_pairs,
+    read_ranks,
+    reader_values,
+    write_page,
+)
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 METHODS = ("prompting", "amulet", "strong")
@@ -118,17 +125,40 @@ def test_a_file_that_the_page_did_not_export_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_page_names_no_method_and_runs_no_answer() -> None:
+def test_the_page_names_no_method_and_runs_no_answer(tmp_path: Path) -> None:
     answers = [(0, "Q </script>", "concise", "secret-method", "</script><script>alert(1)</script>")]
-    html = page(make_groups(answers))
+    html = write_page(tmp_path, make_groups(answers)).read_text()
     assert "secret-method" not in html
     assert html.count("<script") == html.count("</script>") == 2
+
+
+def test_what_readers_preferred_is_read_back_place_by_place(tmp_path: Path) -> None:
+    write_page(tmp_path, GROUPS)
+    export(tmp_path / "ranks-a.json", {0: [["amulet"], ["prompting", "strong"]]})
+    export(tmp_path / "ranks-b.json", {1: [["strong"], ["amulet"], ["prompting"]]})
+
+    def text(question: int, method: str) -> str:
+        return next(answer for q, _, _, m, answer in ANSWERS if (q, m) == (question, method))
+
+    expected = [(0, "amulet", "prompting"), (0, "amulet", "strong")]
+    expected += [(1, "strong", "amulet"), (1, "amulet", "prompting")]
+    assert sorted(preferred_pairs(tmp_path)) == sorted(
+        (f"Question {q}?", text(q, better), text(q, worse)) for q, better, worse in expected
+    )
+
+
+def test_without_a_page_that_can_be_read_there_are_no_preferred_pairs(tmp_path: Path) -> None:
+    with pytest.raises(BatchError, match="amulet eval --read writes it"):
+        preferred_pairs(tmp_path)
+    (tmp_path / "reading.html").write_text("<html>")
+    with pytest.raises(BatchError, match="is damaged"):
+        preferred_pairs(tmp_path)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_a_reader_ranks_with_the_keyboard_and_the_export_is_what_was_said(tmp_path: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
-    (tmp_path / "reading.html").write_text(page(GROUPS))
+    page = write_page(tmp_path, GROUPS)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         context = browser.new_context(accept_downloads=True)
@@ -136,7 +166,7 @@ def test_a_reader_ranks_with_the_keyboard_and_the_export_is_what_was_said(tmp_pa
         complaints: list[str] = []
         tab.on("console", lambda m: complaints.append(m.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
-        tab.goto((tmp_path / "reading.html").as_uri())
+        tab.goto(page.as_uri())
         said = [rank_as(tab, "A = B", "A=BC"), rank_as(tab, "C > A", "CAb")]
         tab.keyboard.press("Backspace")
         tab.keyboard.press("b")  # changed their mind, and says the same

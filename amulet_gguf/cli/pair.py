@@ -1,0 +1,89 @@
+"""Two answers to choose from, and what a taste learns from the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from amulet_gguf.taste.taste import Candidate, Choice
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from amulet_gguf.amulet import Amulet
+    from amulet_gguf.settings import Settings
+    from amulet_gguf.taste.taste import Taste
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Answers A and B to messages, as they were shown."""
+
+    messages: Sequence[Mapping[str, str]]
+    candidates: Mapping[str, Candidate]
+    model: str
+
+    @property
+    def is_equal(self) -> bool:
+        """There is nothing to choose."""
+        first, second = self.candidates.values()
+        return first.text.strip() == second.text.strip()
+
+    def choice(self, better: str) -> Choice:
+        """Return the choice of "A" or "B"."""
+        (worse,) = self.candidates.keys() - {better}
+        return Choice(self.messages, self.candidates[better], self.candidates[worse], self.model)
+
+
+def write_pair(
+    console: Console,
+    amulet: Amulet,
+    taste: Taste,
+    messages: Sequence[Mapping[str, str]],
+    settings: Settings,
+) -> Pair:
+    """Write the two answers that teach most, side by side.
+
+    They are read for their features at once, while whoever chooses reads them too.
+    """
+    from amulet_gguf.cli.columns import Columns
+
+    prefer = dict(zip("AB", taste.pair(), strict=True))
+    methods = {name: settings.replace(prefer=text or None) for name, text in prefer.items()}
+    with Columns(console, {name: name for name in prefer}, marks=False) as columns:
+        answers = amulet.compare(None, methods, columns.add, messages=messages)
+    texts = {name: answer.text for name, answer in answers.items()}
+    features = features_of(amulet, taste, messages, list(texts.values()))
+    candidates = {
+        name: Candidate(text, each, prefer[name])
+        for (name, text), each in zip(texts.items(), features, strict=True)
+    }
+    return Pair(messages, candidates, amulet.model.path.name)
+
+
+def features_of(
+    amulet: Amulet, taste: Taste, messages: Sequence[Mapping[str, str]], texts: Sequence[str]
+) -> list[dict[str, float]]:
+    """Return the features of answers, by attribute."""
+    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.taste.features import log_ratios
+
+    reading = log_ratios(amulet, messages, texts, taste.attributes)
+    with LateBar("Reading the answers") as bar:
+        while True:
+            try:
+                bar.update(*next(reading))
+            except StopIteration as done:  # noqa: PERF203
+                return [dict(zip(taste.attributes, row, strict=True)) for row in done.value.tolist()]
+
+
+def told(taste: Taste) -> str:
+    """Return what was learned in a line: "7 choices: concise:0.62, formal:-0.38"."""
+    n = len(taste.choices)
+    found = ", ".join(f"{each.name}:{each.weight:g}" for each in taste.preferences())
+    if not found and n:
+        first = taste.weights()[0]
+        likely = f"{'' if first.mean > 0 else 'not '}{first.name}"
+        found = f"nothing is sure yet, {likely} at {first.sureness:.0%}"
+    return f"{n} choice{'' if n == 1 else 's'}: {found or 'nothing yet'}"

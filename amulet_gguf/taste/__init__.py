@@ -1,0 +1,1 @@
+"""Weights of preferences, learned from choices between answers."""
