@@ -24,13 +24,20 @@ from starlette.types import ASGIApp
 
 from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.errors import AmuletError
-from amulet_gguf.home.config import Config
+from amulet_gguf.home.config import Config, load_config
 from amulet_gguf.preferences import MAX_PREFERENCES, PRESETS
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.guard import Access, Guard
 from amulet_gguf.server.metrics import Metrics
 from amulet_gguf.server.replies import DONE, Reply, event
-from amulet_gguf.server.schema import MAX_ANSWERS, Adjustment, ChatRequest, CompletionRequest
+from amulet_gguf.server.schema import (
+    MAX_ANSWERS,
+    Adjustment,
+    ChatRequest,
+    CompletionRequest,
+    conversation,
+)
+from amulet_gguf.server.tastes import Tastes
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.service.stream import ServiceStream
 from amulet_gguf.settings import Settings
@@ -116,6 +123,9 @@ def create_app(served: Served, access: Access | None = None) -> ASGIApp:
     app.post("/v1/chat/completions")(api.chat)
     app.patch("/v1/chat/completions/{id}")(api.adjust)
     app.post("/v1/completions")(api.complete)
+    app.get("/v1/tastes/{name}")(api.tastes.show)
+    app.post("/v1/tastes/{name}")(api.tastes.choose)
+    app.delete("/v1/tastes/{name}")(api.tastes.forget)
 
     @app.exception_handler(RequestError)
     async def on_request_error(_: Request, error: RequestError) -> Response:
@@ -142,7 +152,7 @@ def create_app(served: Served, access: Access | None = None) -> ASGIApp:
         inner = CORSMiddleware(
             app,
             allow_origins=list(access.allow_origins),
-            allow_methods=["GET", "POST", "PATCH"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
             allow_headers=["authorization", "content-type"],
         )
     return Guard(inner, access, api.metrics.count_request)
@@ -165,6 +175,11 @@ class _Api:
         self._live: dict[str, Sequence[ServiceStream]] = {}  # those that may be adjusted
         paths = {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"}
         self.metrics = Metrics(served.service, paths)
+        self.tastes = Tastes(served.service, self._read_profiles)
+
+    def _read_profiles(self) -> None:
+        if self._served.config is not None:
+            self._served = dataclasses.replace(self._served, config=load_config())
 
     async def page(self) -> Response:
         return HTMLResponse(*_page())
@@ -197,7 +212,7 @@ class _Api:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         settings = self._settings(body)
-        messages = body.conversation()
+        messages = conversation(body.messages)
         if any(message["role"] == "system" for message in messages):
             settings = settings.replace(system=None)
         reply = self._reply(body, True)

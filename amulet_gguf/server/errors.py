@@ -16,6 +16,7 @@ from amulet_gguf.errors import (
     PromptTooLongError,
     QueueFullError,
     SettingError,
+    TasteError,
 )
 
 #: Seconds after which a refused client may try again.
@@ -53,7 +54,7 @@ class RequestError(Exception):
             return cls(400, message, code="context_length_exceeded", param="messages")
         if isinstance(error, SettingError):
             return cls(400, message, code="invalid_value", param=error.field)
-        if isinstance(error, (PromptError, ConfigError)):
+        if isinstance(error, (PromptError, ConfigError, TasteError)):
             return cls(400, message, code="invalid_prompt")
         if isinstance(error, QueueFullError):
             return cls(503, message, code="queue_full")

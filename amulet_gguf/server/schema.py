@@ -118,23 +118,28 @@ class ChatRequest(_Request):
             given["max_tokens"] = self.max_completion_tokens
         return given
 
-    def conversation(self) -> list[dict[str, str]]:
-        """Return the messages as the package has them."""
-        messages = []
-        for message in self.messages:
-            extra = message.model_extra or {}
-            if extra.get("tool_calls") or extra.get("function_call"):
-                raise RequestError(400, "tool calls are not supported by this server", param="messages")
-            content = message.content
-            text = content if isinstance(content, str) else "".join(part.text for part in content)
-            role = "system" if message.role == "developer" else message.role
-            messages.append({"role": role, "content": text})
-        return messages
-
     @property
     def n_logprobs(self) -> int | None:
         """Alternatives to report for each token; None: no probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """Return messages as the package has them.
+
+    Raises:
+        RequestError: one of them holds what is not supported.
+    """
+    found = []
+    for message in messages:
+        extra = message.model_extra or {}
+        if extra.get("tool_calls") or extra.get("function_call"):
+            raise RequestError(400, "tool calls are not supported by this server", param="messages")
+        content = message.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        role = "system" if message.role == "developer" else message.role
+        found.append({"role": role, "content": text})
+    return found
 
 
 class CompletionRequest(_Request):
@@ -158,3 +163,23 @@ class Adjustment(BaseModel):
 
     strength: float | None = None
     weights: list[float] | None = None
+
+
+class TasteAnswer(BaseModel):
+    """An answer that was shown, and the preference that it was written with, "" for none."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    text: str
+    prefer: str = ""
+
+
+class TasteChoice(BaseModel):
+    """POST /v1/tastes/{name}. `own`: preferences of the person's that are attributes."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    messages: list[ChatMessage]
+    better: TasteAnswer
+    worse: TasteAnswer
+    own: list[str] = []

@@ -14,9 +14,10 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.generation import Request
@@ -30,6 +31,7 @@ from amulet_gguf.stream import Action, JobOptions, OnPrefill, Plan
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -67,6 +69,7 @@ class AmuletService:
         self._lock = threading.Lock()
         self._jobs: set[ServiceJob] = set()  # not finished, or not yet known to be
         self._running: list[ServiceJob] = []  # of the engine; only its thread looks at it
+        self._works: dict[Future[Any], Generator[object, None, Any] | None] = {}  # None: not begun
         self._is_closing = False
         self._is_ready = threading.Event()  # loaded, or never will be
         # The only queues whose `put` is safe in `__del__`, which may run in the middle of anything.
@@ -192,6 +195,44 @@ class AmuletService:
         self._unplanned.put(job)
         return ServiceStream(job, self._do)
 
+    def work(self, make: Callable[[Amulet], Generator[object, None, T]]) -> Future[T]:
+        """Do something else with the model on the engine's thread: it must not wait for long work.
+
+        Args:
+            make: a generator's function, called there. It yields wherever answers may have their turn,
+                and returns the result. Cancelling the future closes it at its next turn.
+
+        Raises:
+            ClosedError: at once, or from the future.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._is_closing:
+                raise self._closed()
+            self._works[future] = None
+        self._commands.put(partial(self._begin_work, make, future))
+        return future
+
+    def _begin_work(
+        self, make: Callable[[Amulet], Generator[object, None, T]], future: Future[T], amulet: Amulet
+    ) -> None:
+        self._works[future] = work = make(amulet)
+        self._go_on(future, work, amulet)
+
+    def _go_on(self, future: Future[T], work: Generator[object, None, T], _amulet: Amulet) -> None:
+        try:
+            if not future.cancelled():
+                next(work)
+                self._commands.put(partial(self._go_on, future, work))
+                return
+            work.close()
+        except StopIteration as done:
+            _settle(future, done.value)
+        except Exception as error:
+            _settle(future, error=error)
+        with self._lock:
+            del self._works[future]
+
     def _do(self, action: Action) -> None:
         """Do something on the engine's thread, between two steps."""
         self._commands.put(lambda amulet: action(amulet.engine, amulet.planner))
@@ -243,6 +284,11 @@ class AmuletService:
         self._is_ready.set()
         self._unplanned.put(None)
         self._planner.join()  # it may be in the middle of using the model
+        for future, work in self._works.items():
+            if work is not None:
+                work.close()
+            _settle(future, error=self._closed())
+        self._works.clear()
         if self._amulet is not None:
             self._amulet.close()
         for job in self._jobs:
@@ -260,7 +306,7 @@ class AmuletService:
         """Do what was asked for since the last step; wait for something if there is nothing to do."""
         with contextlib.suppress(queue.Empty):
             self._commands.get(block=not self._running)(amulet)
-            while True:
+            for _ in range(self._commands.qsize()):  # what comes of these waits for a step
                 self._commands.get_nowait()(amulet)
 
     def _submit(self, job: ServiceJob, request: Request, planned: Settings, amulet: Amulet) -> None:
@@ -311,3 +357,11 @@ class AmuletService:
             self._forget(job)
         if job.has_more:
             job.notify()
+
+
+def _settle(future: Future[Any], result: object = None, error: BaseException | None = None) -> None:
+    with contextlib.suppress(InvalidStateError):  # it was cancelled
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,9 @@ import pytest
 from fixture_types import Tiny
 from serving import Running, is_free, serving, until
 
+from amulet_gguf.preferences import PRESETS
 from amulet_gguf.server.guard import Access
+from amulet_gguf.taste.taste import Candidate, Choice, open_taste
 
 sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -133,6 +136,55 @@ def test_what_to_avoid_is_sent_but_not_for_the_base(page: Any) -> None:
     ask(page)
     page.get_by_text("tokens,").nth(1).wait_for()
     assert sorted(body.get("avoid", "") for body in bodies) == ["", "Long lists."]
+
+
+def test_a_choice_between_two_teaches_a_taste_and_goes_on(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMULET_HOME", str(tmp_path))
+    bodies = limit(page, 8)
+    own = page.get_by_label("Add a preference of your own")
+    own.fill("Write for a child: simply.")
+    own.press("Enter")
+    page.get_by_label("Two to choose from").check()
+    page.get_by_text("0 choices: nothing is sure yet").wait_for()
+    ask(page)
+    page.get_by_role("button", name="B is better").wait_for()
+    assert page.locator(".answer h2").all_inner_texts() == ["A", "B"]
+    asked = [body["prefer"][0]["text"] if body["prefer"] else "" for body in bodies]
+    assert asked[0] != asked[1]
+    assert not any(body["explain"] for body in bodies)
+    texts = page.locator(".text").all_inner_texts()
+    page.get_by_role("button", name="B is better").click()
+    page.get_by_text("1 choice: ").wait_for()
+    (choice,) = open_taste("mine").choices
+    assert {choice.better.prefer, choice.worse.prefer} == set(asked)
+    assert " ".join(choice.better.text.split()) == " ".join(texts[1].split())
+    assert "Write for a child: simply." in choice.better.features
+    assert page.get_by_role("button", name="is better").count() == 0
+    page.get_by_label("Two to choose from").uncheck()
+    ask(page, "And then?")
+    page.locator(".turn").nth(1).get_by_text("tokens,").wait_for()
+    assert bodies[2]["messages"][1]["content"] == choice.better.text
+
+
+def test_what_was_learned_becomes_the_buttons(
+    page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMULET_HOME", str(tmp_path))
+    features = dict.fromkeys(PRESETS.values(), 0.0)
+    for other in ("verbose", "creative", "complex") * 4:
+        better = Candidate("x", features | {PRESETS["formal"]: 0.1}, PRESETS["formal"])
+        worse = Candidate("y", features | {PRESETS[other]: 0.1}, PRESETS[other])
+        open_taste("mine").add(Choice([], better, worse))
+    page.get_by_role("button", name="concise").click()
+    page.get_by_label("Two to choose from").check()
+    page.get_by_text("12 choices: formal 1").wait_for()
+    page.get_by_role("button", name="Use it").click()
+    bodies = limit(page, 4)
+    ask(page)
+    wait_for_end(page)
+    assert [body["prefer"] for body in bodies] == [[{"text": "formal", "weight": 1}]]
 
 
 def test_the_slider_acts_while_text_streams(page: Any, server: Running) -> None:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -624,3 +624,78 @@ def test_tasks_that_gave_up_waiting_leave_nothing_behind(service: Service) -> No
 
 
 def void(_: object) -> None: ...
+
+
+# Other work
+
+
+def counting(n: int, told: list[int]) -> Callable[[Amulet], Generator[int, None, str]]:
+    def count(amulet: Amulet) -> Generator[int, None, str]:
+        assert threading.current_thread().name == "amulet-engine"
+        try:
+            for i in range(n):
+                told.append(i)
+                yield i
+            return f"{amulet.model.n_vocab} words"
+        finally:
+            told.append(-1)
+
+    return count
+
+
+def test_work_is_done_on_the_engines_thread_between_steps(service: Service) -> None:
+    it = service()
+    told: list[int] = []
+    with it.stream("What is rain?", max_tokens=LONG, temperature=1.0, seed=3) as stream:
+        next(stream)
+        before = len(told)
+        done = it.work(counting(50, told))
+        tokens = [len(told) for _ in range(50) if next(stream, None)]
+        assert done.result(30).endswith(" words")
+    assert told == [*range(50), -1]
+    assert before == 0
+    assert len(set(tokens)) > 10  # neither waited for the other to end
+
+
+def test_work_that_fails_fails_alone(service: Service) -> None:
+    it = service()
+
+    def fail(_: Amulet) -> Generator[None, None, None]:
+        yield
+        raise EngineError("it broke")
+
+    with pytest.raises(EngineError, match="it broke"):
+        it.work(fail).result(30)
+    assert it.stream("Hi", max_tokens=2).answer().text is not None
+
+
+def test_work_can_be_cancelled(service: Service) -> None:
+    it = service()
+    told: list[int] = []
+    future = it.work(counting(10**9, told))
+    until(lambda: len(told) > 3)
+    assert future.cancel()
+    until(lambda: told[-1] == -1)
+    assert it.stream("Hi", max_tokens=2).answer().finish_reason
+
+
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_closing_ends_work(service: Service, is_begun: bool) -> None:
+    it = service()
+    told: list[int] = []
+    future = it.work(counting(10**9, told))
+    if is_begun:
+        until(lambda: len(told) > 3)
+    it.close()
+    with pytest.raises(ClosedError):
+        future.result(30)
+    assert told == [] or told[-1] == -1
+    with pytest.raises(ClosedError):
+        it.work(counting(1, told))
+
+
+def test_work_for_a_model_that_cannot_be_loaded_fails(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"nonsense")
+    it = service(tmp_path / "x.gguf")
+    with pytest.raises(ClosedError):
+        it.work(counting(1, [])).result(30)
