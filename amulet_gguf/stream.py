@@ -31,7 +31,7 @@ class JobOptions(TypedDict, total=False):
     """What an answer may be asked for with, beside its settings.
 
     Attributes:
-        is_adjustable: it keeps all branches at every strength, and `AnswerStream.adjust` may be used.
+        is_adjustable: it has all branches, and `AnswerStream.adjust` may be used.
         on_prefill: called on the thread that makes the engine's steps; must return soon. If it raises,
             the answer fails with that.
         on_end: called once, by who takes the pieces: when the last was taken, the answer failed, or its

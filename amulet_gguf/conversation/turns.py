@@ -1,7 +1,8 @@
 """A conversation whose preferences may change at any time, at the cost of what is new.
 
 Earlier turns carry no preference, so that the base branch of one turn is the beginning of every branch
-of the next, whatever is preferred then.
+of the next, whatever is preferred then. Where an answer did not need the base (strength 1), the next
+turn reads it first, many tokens at a time.
 """
 
 from __future__ import annotations

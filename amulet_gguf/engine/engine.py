@@ -1,6 +1,6 @@
 """The step: prompts are read and tokens chosen for all live generations in one decode.
 
-Every step adds one row per branch of every generation that is writing, fills the rest of the batch
+Every step adds one row per branch that the next token of a generation needs, fills the rest of the batch
 with prompts still to be read, decodes all of it at once, combines each generation's rows into one
 distribution, samples a token, and gives that token back to all branches of its generation.
 """
@@ -178,7 +178,7 @@ class Engine:
                     return False
                 logits = self._sequences.context.decode()
                 for generation in ready:
-                    rows, logits = np.split(logits, [generation.n_branches])
+                    rows, logits = np.split(logits, [generation.n_outputs])
                     self._advance(generation, rows)
                 self._sequences.release()
             except BaseException as error:
@@ -221,16 +221,37 @@ class Engine:
             generation.split(context)
         # Those who write come first, then prompts in the order of their coming. While anyone writes,
         # prompts get half a batch: a step that is all prompt would hold every answer up for its time.
-        chunks = {g: g.chunks(context.room) for g in live if g.n_tokens > 0}
-        reading = [g for g in live if g.n_tokens == 0]
-        budget = context.room - sum(map(sum, chunks.values()))
+        chunks: dict[Generation, list[int]] = {}
+        budget = context.room
+        by_age = sorted(live, key=lambda g: g.submitted_at)
+        for generation in by_age:
+            if generation.n_tokens > 0:
+                chunks[generation] = generation.chunks(budget)
+                budget -= sum(chunks[generation])
+        budget -= self._fill_gaps(chunks, budget)
+        reading = [g for g in by_age if g.n_tokens == 0]
         if chunks and reading:
             enough = max(g.n_branches for g in reading)  # to finish a prompt with
             budget = min(budget, max(enough, context.room // 2))
-        for generation in sorted(reading, key=lambda g: g.submitted_at):
+        for generation in reading:
             chunks[generation] = generation.chunks(budget)
             budget -= sum(chunks[generation])
         return [g for g in live if g.add_rows(context, chunks[g])]
+
+    def _fill_gaps(self, chunks: dict[Generation, list[int]], budget: int) -> int:
+        """Let branches that are left behind between others read a token along; return how many do.
+
+        Beyond a gap, llama.cpp would go through the weights again.
+        """
+        used = [g.first_sequence + b for g in chunks for b, size in enumerate(chunks[g]) if size]
+        n_filled = 0
+        for generation, sizes in chunks.items():
+            if generation.is_ready(sizes):
+                for branch, sequence in enumerate(generation.sequences):
+                    if sizes[branch] == 0 and min(used) < sequence < max(used) and n_filled < budget:
+                        sizes[branch] = 1
+                        n_filled += 1
+        return n_filled
 
     def _admit(self) -> None:
         """Seat waiting generations, first come, first served, while there is room."""

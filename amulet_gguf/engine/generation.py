@@ -79,12 +79,14 @@ class Generation:
 
     Attributes:
         request: what was asked for.
-        mixture: of the next token; may be replaced by one of as many branches at any time.
+        mixture: of the next token that no step has begun; may be replaced by one of as many branches at
+            any time.
         pieces: what was produced and not yet taken.
         finish_reason: None while it runs or if it failed.
         error: why it failed, or None.
         n_prompt: tokens of its longest prompt.
-        n_prefill: tokens to read before the first token, shared prefixes once.
+        n_prefill: tokens to read before the first token, shared prefixes once, and branches that it does
+            not need not at all.
         n_read: how many of them have been read.
         submitted_at, started_at, first_token_at, finished_at: seconds of `time.perf_counter`.
     """
@@ -104,6 +106,7 @@ class Generation:
 
         self._written: list[int] = []
         self._text = TextAssembler(request.stop)
+        self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
         self.first_sequence = -1  # its branches are neighbours from here on
         self.rewind()
 
@@ -111,9 +114,13 @@ class Generation:
         """Have all of the prompts to read, with nothing skipped."""
         self.n_shared = _shared_prefix(self.request.branches)  # left to read in the first branch alone
         self._is_split = self.n_shared == 0
-        # What each branch has yet to read. A generation that is writing has one token in each.
-        self.pending = list(self.request.branches)
-        self.n_prefill = sum(map(len, self.pending)) - (self.n_branches - 1) * self.n_shared
+        self._n_cached = [0] * self.n_branches
+        self._count_prefill()
+
+    def _count_prefill(self) -> None:
+        self.n_prefill = self.n_shared + sum(
+            self.unread(branch) - self.n_shared for branch in self.mixture.needed
+        )
 
     @property
     def n_tokens(self) -> int:
@@ -132,30 +139,39 @@ class Generation:
     def is_finished(self) -> bool:
         return self.finished_at is not None
 
+    def unread(self, branch: int) -> int:
+        """Return how many tokens a branch has yet to read: of its prompt, and of what was written."""
+        return len(self.request.branches[branch]) + self.n_tokens - self._n_cached[branch]
+
     def cached(self, branch: int, length: int) -> Tokens:
         """Return what is cached of a branch: so many tokens of its prompt and of what was written."""
-        written = np.array(self._written, np.int32)
-        return np.concatenate([self.request.branches[branch], written])[:length]
+        return self._tokens(branch, 0, length)
+
+    def _tokens(self, branch: int, start: int, stop: int) -> Tokens:
+        prompt = self.request.branches[branch]
+        n = len(prompt)
+        written = np.array(self._written[max(0, start - n) : max(0, stop - n)], np.int32)
+        return np.concatenate([prompt[start:stop], written]) if start < n else written
 
     def skip(self, n: int) -> None:
         """Leave out n tokens of the shared prefix, or of the only prompt: they are cached."""
-        self.pending[0] = self.pending[0][n:]
-        self.n_prefill -= n
-        self._shorten_shared(n)
+        self._has_read_first(n)
+        self._count_prefill()
 
     def skip_each(self, counts: Sequence[int]) -> None:
         """Leave out so many tokens of each branch: they are cached. Nothing is shared."""
-        self.pending = [tokens[n:] for tokens, n in zip(self.pending, counts, strict=True)]
-        self.n_prefill = sum(map(len, self.pending))
+        self._n_cached = list(counts)
         self.n_shared = 0
         self._is_split = True
+        self._count_prefill()
 
-    def _shorten_shared(self, n: int) -> None:
+    def _has_read_first(self, n: int) -> None:
+        """Count n tokens of the first branch; those of the shared prefix are read for all."""
         if self.n_shared:
+            self._n_cached = [cached + n for cached in self._n_cached]
             self.n_shared -= n
-            if self.n_shared == 0:  # the other branches will get what the first has read
-                read = self.request.branches[0].size - self.pending[0].size
-                self.pending[1:] = [tokens[read:] for tokens in self.pending[1:]]
+        else:
+            self._n_cached[0] += n
 
     def split(self, context: Context) -> None:
         """Give the prefix that was read once to all branches, when it has been read."""
@@ -167,41 +183,57 @@ class Generation:
     def chunks(self, budget: int) -> list[int]:
         """Return how many tokens each branch is to read within a budget of rows.
 
-        Either all branches come to their ends together, and there will be logits to sample from, or
-        every branch keeps a token for a later step.
+        A branch that the next token does not need is left behind; needed again, it reads all it missed.
+        Either all that are needed come to their ends together, and there will be logits to sample from,
+        or each of them keeps a token for a later step.
         """
+        self._acting = self.mixture
+        chunks = [0] * self.n_branches
         if self.n_shared:
-            return [min(self.n_shared, budget)] + [0] * (self.n_branches - 1)
-        sizes = [len(tokens) for tokens in self.pending]
-        if sum(sizes) <= budget:
-            return sizes
-        chunks = []
-        for size in sizes:
-            chunks.append(min(size - 1, budget))
-            budget -= chunks[-1]
+            chunks[0] = min(self.n_shared, budget)
+            return chunks
+        needed = self._acting.needed
+        is_enough = sum(map(self.unread, needed)) <= budget
+        for branch in needed:
+            size = self.unread(branch) - (not is_enough)
+            chunks[branch] = min(size, budget)
+            budget -= chunks[branch]
         return chunks
 
-    def add_rows(self, context: Context, chunks: list[int]) -> bool:
+    def add_rows(self, context: Context, chunks: Sequence[int]) -> bool:
         """Add so many tokens of each branch to the batch; return whether logits will come of it."""
-        ready = chunks == [len(tokens) for tokens in self.pending]
+        is_ready = self.is_ready(chunks)
         for branch, size in enumerate(chunks):
             if size:
-                tokens = self.pending[branch]
-                context.add(self.first_sequence + branch, tokens[:size], output=ready)
-                self.pending[branch] = tokens[size:]
-        self._shorten_shared(chunks[0])
+                start = self._n_cached[branch]
+                tokens = self._tokens(branch, start, start + size)
+                is_asked = is_ready and branch in self._acting.needed
+                context.add(self.first_sequence + branch, tokens, output=is_asked)
+        self._has_read_first(chunks[0])
+        for branch in range(1, self.n_branches):
+            self._n_cached[branch] += chunks[branch]
         if self.n_tokens == 0:
             self.n_read += sum(chunks)
-        return ready
+        return is_ready
+
+    def is_ready(self, chunks: Sequence[int]) -> bool:
+        """Tell whether logits to sample from will come of such chunks."""
+        needed = self._acting.needed
+        return not self.n_shared and all(chunks[branch] == self.unread(branch) for branch in needed)
+
+    @property
+    def n_outputs(self) -> int:
+        """Rows of logits that the next token needs."""
+        return len(self._acting.needed)
 
     def advance(self, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer) -> None:
         """Choose the next token from the branches' logits.
 
         Args:
-            logits: (B, V) of the branches.
+            logits: (N, V) of the branches that are needed.
             row: (V,) work space.
         """
-        mixture = self.mixture  # once: another thread may replace it
+        mixture = self._acting
         self.request.sampler.bias(logits)
         prompted = mixture.combine(logits, row)
         changed = int(argmax(row)) != prompted  # before penalties and chance have their say
@@ -217,7 +249,7 @@ class Generation:
         if n_alternatives:
             explanation = explain(
                 logits,
-                mixture.reference,
+                mixture.judge,
                 combined,
                 token,
                 detokenizer.token_bytes,
@@ -225,7 +257,6 @@ class Generation:
                 mixture.strength,
             )
         self._written.append(token)
-        self.pending = [np.array([token], np.int32)] * self.n_branches
         text = self._text.push(detokenizer.token_bytes(token))
         piece = Piece(text, token, changed, None, explanation)
         if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor

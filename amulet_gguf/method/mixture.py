@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from amulet_gguf.method.arrays import Float32Array, Tokens
+from amulet_gguf.method.arrays import Float32Array, Float64Array, Tokens
 from amulet_gguf.method.echo import withhold
 from amulet_gguf.method.realign import combine_unchecked, log_plausibility
 
@@ -99,6 +100,9 @@ class Fade:
     floor: float = 1.0
     tokens: float = 0.0
 
+    #: What is left of it is none: a strength of 1 needs no base any more.
+    NEGLIGIBLE: ClassVar[float] = 0.02
+
     @property
     def is_constant(self) -> bool:
         return self.tokens == 0 or self.strength <= self.floor
@@ -107,23 +111,41 @@ class Fade:
         """Return the strength at token t."""
         if self.is_constant:
             return self.strength
-        return self.floor + (self.strength - self.floor) * math.exp(-t / self.tokens)
+        left = (self.strength - self.floor) * math.exp(-t / self.tokens)
+        return self.floor + (left if left > self.NEGLIGIBLE else 0.0)
+
+
+@dataclass(frozen=True)
+class _Token:
+    """How one token is combined.
+
+    Attributes:
+        needed: branches, ascending, whose logits count.
+        coefficients, reference: (N,) of these branches.
+        is_mean: no coefficient lies outside 0 to 1, so that nothing is to be guarded.
+    """
+
+    strength: float
+    needed: tuple[int, ...]
+    coefficients: Float64Array
+    reference: Float64Array
+    is_mean: bool
 
 
 class Mixture:
     """How the logits of B branches become one distribution, token by token.
 
-    It counts the tokens that it is asked for: the fade of another one begins anew.
+    It counts the tokens that it is asked for: the fade of another one begins anew. Each token needs the
+    logits of some branches alone: those with a coefficient, and those that judge what is amplified.
 
     Attributes:
         coefficients: (B,) float64, summing to 1 (see `amulet_gguf.method.realign.combine`); where the
             strength fades, those of the first token.
         reference: (B,) coefficients of ordinary prompting, summing to 1: what judges plausibility, and
-            whether realignment changed a token.
+            whether realignment changed a token. A mean of branches that do not tell it judges itself.
         margin: of plausibility, in nats.
         fade: of the strength.
         withheld: tokens that are not amplified.
-        strength: of the token that was combined last.
     """
 
     def __init__(
@@ -142,16 +164,48 @@ class Mixture:
         self.fade = fade or Fade(1.0 - self.coefficients[0])
         self._at = at
         self.withheld = withheld
-        self.strength = self.fade.strength
         self._n_combined = 0
+        self._next = self._last = self._token(self.fade.at(0), self.coefficients)
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """The branches, ascending, whose logits the next token needs."""
+        return self._next.needed
+
+    @property
+    def strength(self) -> float:
+        """Of the token that was combined last, or of the first."""
+        return self._last.strength
+
+    @property
+    def judge(self) -> Float64Array:
+        """(N,) the reference of the token that was combined last, for the branches it needed."""
+        return self._last.reference
 
     def combine(self, logits: Float32Array, out: Float32Array) -> int:
-        """Combine (B, V) logits into `out` (V,); return the best token of ordinary prompting."""
-        self.strength, coefficients = self.fade.at(self._n_combined), self.coefficients
+        """Combine the (N, V) logits of the `needed` branches into `out` (V,).
+
+        Returns:
+            the best token of ordinary prompting.
+        """
+        token = self._next
+        margin = -math.inf if token.is_mean else self.margin
+        prompted = combine_unchecked(logits, token.coefficients, margin, token.reference, out)
+        if self.withheld is not None and not token.is_mean:
+            withhold(logits, token.coefficients, token.reference, self.withheld, out)
+        self._last = token
         self._n_combined += 1
-        if self._at is not None and not self.fade.is_constant:
-            coefficients = np.array(self._at(self.strength), np.float64)
-        prompted = combine_unchecked(logits, coefficients, self.margin, self.reference, out)
-        if self.withheld is not None:
-            withhold(logits, coefficients, self.reference, self.withheld, out)
+        strength = self.fade.at(self._n_combined)
+        if self._at is not None and strength != token.strength:
+            self._next = self._token(strength, np.array(self._at(strength), np.float64))
         return prompted
+
+    def _token(self, strength: float, coefficients: Float64Array) -> _Token:
+        is_mean = bool(((coefficients >= 0) & (coefficients <= 1)).all())
+        counts = coefficients != 0
+        if not is_mean:
+            counts |= self.reference != 0
+        is_judged = bool((counts | (self.reference == 0)).all())
+        (needed,) = np.nonzero(counts)
+        reference = self.reference if is_judged else coefficients
+        return _Token(strength, tuple(needed.tolist()), coefficients[needed], reference[needed], is_mean)

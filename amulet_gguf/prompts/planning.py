@@ -50,7 +50,7 @@ class Planner:
                 preference stands before it, and the system prompt is left out.
             reuse, n_alternatives: see `Request`. With the first, the conversation begins with the tokens
                 that the model wrote, where it wrote them.
-            is_adjustable: keep all branches whatever the strength: `mixture` gives others later.
+            is_adjustable: have all branches, needed or not: `mixture` gives other strengths later.
 
         Raises:
             PromptError: not exactly one is given, or it cannot be made into a prompt.

@@ -154,7 +154,7 @@ class AmuletService:
         Args:
             prompt, messages, text: exactly one of them: see `Amulet.stream` and `Planner.request`.
             settings: where to start from; None means the defaults.
-            is_adjustable: `adjust` may be used, at the price of all branches at every strength.
+            is_adjustable: `adjust` may be used, at the price of memory for all branches.
             n_alternatives: explain each token with so many of each distribution's best.
             on_prefill: called on the engine's thread with the tokens of the prompt read so far and in
                 all; it must return soon. If it raises, the answer fails with that.

@@ -11,13 +11,24 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
-from fakes import END, POISON, Contexts, FakeContext, FakeVocabulary, alone, request, text_of
+from fakes import (
+    END,
+    POISON,
+    Contexts,
+    FakeContext,
+    FakeVocabulary,
+    alone,
+    mixture,
+    request,
+    text_of,
+)
 from fixture_types import Load, MakeContext
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -39,7 +50,7 @@ from amulet_gguf.errors import (
 from amulet_gguf.llama import context as context_module
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
-from amulet_gguf.method.mixture import Mixture
+from amulet_gguf.method.mixture import Fade, Mixture
 from amulet_gguf.method.sampling import Sampler
 
 # Prompts after which answers are neither empty nor cut off at once.
@@ -312,6 +323,7 @@ class Schedules(RuleBasedStateMachine):
         self.contexts = Contexts(n_ctx=40, n_batch=9)
         self.engine = Engine(FakeVocabulary(), self.contexts, 2)
         self.runs: list[tuple[Generation, Request, int | None]] = []
+        self.turns: dict[Generation, list[tuple[int, Mixture]]] = {}
 
     @rule(
         prefix=st.lists(st.integers(2, 11), max_size=25),
@@ -343,11 +355,23 @@ class Schedules(RuleBasedStateMachine):
         else:
             assert max(map(len, branches)) < 40
             self.runs.append((generation, asked, seed))
+            self.turns[generation] = []
 
     @rule(steps=st.integers(1, 8))
     def step(self, steps: int) -> None:
         for _ in range(steps):
             self.engine.step()
+
+    @rule(
+        which=st.integers(0, 100),
+        strength=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+        plausibility=st.sampled_from([0.0, 0.5]),
+    )
+    def turn_the_dial(self, which: int, strength: float, plausibility: float) -> None:
+        if self.runs:
+            generation, _, _ = self.runs[which % len(self.runs)]
+            generation.mixture = mixture(generation.n_branches, strength, plausibility)
+            self.turns[generation].append((generation.n_tokens, generation.mixture))
 
     @rule(which=st.integers(0, 100))
     def cancel(self, which: int) -> None:
@@ -374,11 +398,18 @@ class Schedules(RuleBasedStateMachine):
     def what_was_written_is_right(self) -> None:
         for generation, asked, seed in self.runs:
             tokens, _reason = written(generation)
-            if POISON in [branch[-1] for branch in asked.branches] or len(asked.branches) > 8:
+            if len(asked.branches) > 8:
                 assert tokens == []
                 assert generation.finish_reason in (None, "cancelled")
                 continue
-            expected, expected_reason = alone(asked, seed, n_ctx=40)
+            if POISON in [branch[-1] for branch in asked.branches]:  # unless it never was needed
+                if self.turns[generation]:
+                    continue
+                assert tokens == []
+                assert generation.finish_reason in (None, "cancelled")
+                continue
+            turns = self.turns[generation]
+            expected, expected_reason = alone(asked, seed, n_ctx=40, turns=turns)
             assert tokens == expected[: len(tokens)]
             if generation.finish_reason in ("stop", "length"):
                 assert (tokens, generation.finish_reason) == (expected, expected_reason)
@@ -403,6 +434,116 @@ def test_no_schedule_changes_what_a_generation_writes() -> None:
     run_state_machine_as_test(
         Schedules, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
     )
+
+
+# Branches that are not needed
+
+
+def rows_of(contexts: Contexts) -> list[list[tuple[int, int]]]:
+    batches = contexts.current.batches
+    rows = list(batches)
+    batches.clear()
+    return rows
+
+
+@pytest.mark.parametrize(("strength", "branch"), [(0.0, 0), (1.0, 1)])
+def test_a_dial_at_either_end_decodes_one_row(strength: float, branch: int) -> None:
+    engine, contexts = start()
+    asked = request(PAIR, strength=strength)
+    generation = engine.submit(asked)
+    assert generation.n_prefill == len(PAIR[branch])
+    finish(engine)
+    assert written(generation) == alone(asked)
+    prompt, *others = rows_of(contexts)
+    assert prompt == [(branch, len(PAIR[branch]))]
+    assert others
+    assert all(rows == [(branch, 1)] for rows in others)
+
+
+def test_a_dial_that_moves_back_costs_one_step_that_reads_all_that_was_missed() -> None:
+    engine, contexts = start(n_batch=30)
+    asked = request([[2, 9, 5], [7, 8, 6]], strength=1.0, max_tokens=30)
+    generation = engine.submit(asked)
+    for _ in range(5):
+        engine.step()
+    assert rows_of(contexts)[1:] == [[(1, 1)]] * 4
+    generation.mixture = mixture(2, 3.0)
+    engine.step()
+    engine.step()
+    assert rows_of(contexts) == [[(0, 3 + 5), (1, 1)], [(0, 1), (1, 1)]]
+    finish(engine)
+    assert written(generation) == alone(asked, turns=[(5, mixture(2, 3.0))])
+
+
+def test_more_than_a_batch_that_was_missed_is_read_in_several_steps() -> None:
+    engine, contexts = start(n_batch=6)
+    asked = request([[2, 9, 5], [7, 8, 6]], strength=1.0, max_tokens=30)
+    generation = engine.submit(asked)
+    for _ in range(9):
+        engine.step()
+    n = generation.n_tokens
+    assert n == 9
+    rows_of(contexts)
+    generation.mixture = mixture(2, 3.0)
+    while generation.n_tokens == n:
+        engine.step()
+    assert rows_of(contexts) == [[(0, 6)], [(0, 5)], [(0, 1), (1, 1)]]
+    finish(engine)
+    assert written(generation) == alone(asked, turns=[(n, mixture(2, 3.0))])
+
+
+def test_a_preference_of_weight_0_is_read_when_it_is_raised() -> None:
+    engine, contexts = start(3)
+    asked = request([[2, 9, 5], [7, 8, 6], [4, 4, 10]], max_tokens=30)
+    asked = replace(asked, mixture=Mixture([-2.0, 3.0, 0.0], [0.0, 1.0, 0.0]))
+    generation = engine.submit(asked)
+    for _ in range(4):
+        engine.step()
+    assert {sequence for rows in rows_of(contexts) for sequence, _ in rows} == {0, 1}
+    raised = Mixture([-2.0, 1.5, 1.5], [0.0, 0.5, 0.5])
+    generation.mixture = raised
+    finish(engine)
+    assert written(generation) == alone(asked, turns=[(4, raised)])
+
+
+def test_where_the_strength_has_faded_to_1_the_base_is_read_no_more() -> None:
+    engine, contexts = start()
+    fade = Fade(3.0, 1.0, 2.0)
+    fading = Mixture([-2.0, 3.0], [0.0, 1.0], 0.3, fade=fade, at=lambda s: [1 - s, s])
+    generation = engine.submit(replace(request(PAIR, max_tokens=18), mixture=fading))
+    finish(engine)
+    n = next(t for t in range(99) if fade.at(t) == 1)
+    assert 5 < n < generation.n_tokens
+    rows = rows_of(contexts)[-generation.n_tokens :]
+    assert [len(each) for each in rows[1:]] == [2] * (n - 1) + [1] * (len(rows) - n)
+
+
+def test_branches_left_behind_between_others_read_along() -> None:
+    # A gap between rows costs a pass over the weights more than the row does: the fake refuses it.
+    engine, contexts = start(6)
+    asked = [request(each, strength=1.0, max_tokens=8, seed=i) for i, each in enumerate([PAIR, TRIO])]
+    generations = [engine.submit(each) for each in asked]
+    finish(engine)
+    for seed, (generation, each) in enumerate(zip(generations, asked, strict=True)):
+        assert written(generation) == alone(each, seed)
+    assert [(1, 1), (2, 1), (3, 1), (4, 1)] in rows_of(contexts)
+
+
+def test_a_step_under_way_has_the_mixture_that_it_began_with() -> None:
+    engine, contexts = start()
+    asked = request(PAIR, strength=1.0, max_tokens=12)
+    generation = engine.submit(asked)
+    engine.step()
+    decode = contexts.current.decode
+
+    def turn_the_dial() -> Any:  # as another thread does
+        generation.mixture = mixture(2, 3.0)
+        contexts.current.decode = decode  # type: ignore[method-assign]
+        return decode()
+
+    contexts.current.decode = turn_the_dial  # type: ignore[method-assign]
+    finish(engine)
+    assert written(generation) == alone(asked, turns=[(2, mixture(2, 3.0))])
 
 
 # Cancelling and closing
@@ -766,7 +907,12 @@ def real_request(branches: Sequence[Tokens], max_tokens: int = 24) -> Request:
     return Request(branches, mixture, Sampler(), max_tokens=max_tokens)
 
 
-def read_alone(model: Model, make_context: MakeContext, asked: Request) -> list[int]:
+def read_alone(
+    model: Model,
+    make_context: MakeContext,
+    asked: Request,
+    turns: Sequence[tuple[int, Mixture]] = (),
+) -> list[int]:
     """The tokens of a request by a loop in which each branch has a context of its own."""
     contexts = [make_context(model, 1, n_ctx=512, n_batch=512) for _ in asked.branches]
     branches = list(asked.branches)
@@ -776,9 +922,11 @@ def read_alone(model: Model, make_context: MakeContext, asked: Request) -> list[
         for context, branch in zip(contexts, branches, strict=True):
             context.add(0, branch, output=True)
             rows.append(context.decode()[0].astype(np.float64))
-        mixed = np.array(asked.mixture.coefficients) @ rows
-        judged = np.array(asked.mixture.reference) @ rows
-        mixed[judged < judged.max() + asked.mixture.margin] = -np.inf
+        acting = [asked.mixture, *(each for first, each in turns if first <= len(tokens))][-1]
+        mixed = np.array(acting.coefficients) @ rows
+        judged = np.array(acting.reference) @ rows
+        if min(acting.coefficients) < 0:
+            mixed[judged < judged.max() + acting.margin] = -np.inf
         token = int(mixed.argmax())
         if model.ends_generation(token):
             break
@@ -806,6 +954,22 @@ def test_generations_at_once_write_what_independent_contexts_do(
         expected = read_alone(any_model, make_context, each)
         assert tokens_of(list(generation.pieces)) == expected
     assert sum(generation.n_tokens for generation in generations) > 24
+
+
+def test_when_branches_caught_up_does_not_matter(any_model: Model, make_context: MakeContext) -> None:
+    strengths = [1.0, 3.0, 0.0, 2.0, 1.0, 0.5]
+    asked = real_request(prompts_of(any_model, STORY + "and", STORY + "give me"), max_tokens=60)
+    turns = [(10 * i, mixture(2, strength, 0.1)) for i, strength in enumerate(strengths)]
+    engine = real_engine(any_model, make_context, 2)
+    generation = engine.submit(asked)
+    for first, acting in turns:
+        while generation.n_tokens < first and not generation.is_finished:
+            engine.step()
+        generation.mixture = acting
+    finish(engine)
+    assert generation.n_tokens > 30
+    expected = read_alone(any_model, make_context, asked, turns)
+    assert tokens_of(list(generation.pieces)) == expected
 
 
 @pytest.mark.parametrize("n_batch", [32, 256])

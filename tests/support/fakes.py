@@ -159,6 +159,16 @@ class Contexts:
         return self.made[-1]
 
 
+def mixture(n_branches: int, strength: float, plausibility: float = 0.0) -> Mixture:
+    """The strength shared out evenly."""
+    others = n_branches - 1
+    if not others:
+        return Mixture([1.0], [1.0], plausibility)
+    return Mixture(
+        [1 - strength, *[strength / others] * others], [0.0, *[1 / others] * others], plausibility
+    )
+
+
 def request(
     branches: Sequence[Sequence[int]],
     *,
@@ -170,14 +180,9 @@ def request(
     reuse: bool = False,
 ) -> Request:
     """A request with the strength shared out evenly; greedy without a seed."""
-    others = len(branches) - 1
     return Request(
         branches=[np.array(branch, np.int32) for branch in branches],
-        mixture=Mixture(
-            [1 - strength, *[strength / others] * others] if others else [1.0],
-            [0.0, *[1 / others] * others] if others else [1.0],
-            plausibility,
-        ),
+        mixture=mixture(len(branches), strength, plausibility),
         sampler=Sampler(PLAIN.replace(temperature=0.0 if seed is None else 1.5, seed=seed)),
         max_tokens=max_tokens,
         stop=stop,
@@ -185,17 +190,27 @@ def request(
     )
 
 
-def alone(asked: Request, seed: int | None = None, n_ctx: int = 64) -> tuple[list[int], str]:
-    """What a request writes, and why it ends, by a loop that knows nothing of an engine."""
+def alone(
+    asked: Request,
+    seed: int | None = None,
+    n_ctx: int = 64,
+    turns: Sequence[tuple[int, Mixture]] = (),
+) -> tuple[list[int], str]:
+    """What a request writes, and why it ends, by a loop that knows nothing of an engine.
+
+    Args:
+        turns: mixtures that took its mixture's place, each with the number of its first token.
+    """
     sampler = Sampler(PLAIN.replace(temperature=0.0 if seed is None else 1.5, seed=seed))
     held = [branch.tolist() for branch in asked.branches]
     written: list[int] = []
     while True:
         rows = np.array([logits_after(tokens) for tokens in held], np.float64)
-        mixed = sum(weight * row for weight, row in zip(asked.mixture.coefficients, rows, strict=True))
-        judged = sum(weight * row for weight, row in zip(asked.mixture.reference, rows, strict=True))
-        if np.isfinite(asked.mixture.margin):
-            mixed[judged < judged.max() + asked.mixture.margin] = -np.inf
+        acting = [asked.mixture, *(each for first, each in turns if first <= len(written))][-1]
+        mixed = sum(weight * row for weight, row in zip(acting.coefficients, rows, strict=True))
+        judged = sum(weight * row for weight, row in zip(acting.reference, rows, strict=True))
+        if min(acting.coefficients) < 0:  # a mean is not guarded
+            mixed[judged < judged.max() + acting.margin] = -np.inf
         token = sampler.sample(mixed.astype(np.float32))
         if token == END:
             return written, "stop"
