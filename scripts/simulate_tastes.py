@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.home.files import write_atomically
 from amulet_gguf.method.arrays import Float64Array
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.settings import Settings
@@ -77,7 +78,7 @@ class Answers:
             reading = log_ratios(self._amulet, messages, list(texts.values()), list(PRESETS.values()))
             for (key, text), features in zip(texts.items(), result(reading).tolist(), strict=True):
                 self.known[key] = {"text": text, "features": features}
-            self._path.write_text(json.dumps(self.known, ensure_ascii=False))
+            write_atomically(self._path, json.dumps(self.known, ensure_ascii=False))
             print(f"{len(self.known)} answers", end="\r", flush=True)
 
     def features(self, question: str, weights: dict[str, float]) -> Float64Array:

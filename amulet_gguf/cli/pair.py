@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """Answers A and B to messages, as they were shown."""
+    """Answers A and B to messages, as they were shown.
+
+    Attributes:
+        system: the prompt that they were written with, if any.
+        sizes: tokens of the conversation with each.
+        taste: that learns from the choice.
+        model: name of the file of the model that wrote them.
+    """
 
     messages: Sequence[Mapping[str, str]]
+    system: str | None
     candidates: Mapping[str, Candidate]
+    sizes: Mapping[str, int]
+    taste: Taste
     model: str
 
     @property
@@ -30,10 +40,20 @@ class Pair:
         first, second = self.candidates.values()
         return first.text.strip() == second.text.strip()
 
-    def choice(self, better: str) -> Choice:
-        """Return the choice of "A" or "B"."""
+    def choose(self, better: str) -> None:
+        """Learn from the choice of "A" or "B".
+
+        Raises:
+            TasteError, ConfigError: see `Taste.add`.
+        """
         (worse,) = self.candidates.keys() - {better}
-        return Choice(self.messages, self.candidates[better], self.candidates[worse], self.model)
+        messages = with_system(self.system, self.messages)
+        self.taste.add(Choice(messages, self.candidates[better], self.candidates[worse], self.model))
+
+
+def with_system(system: str | None, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Return messages with a system prompt in front, if there is one."""
+    return [*([{"role": "system", "content": system}] if system else []), *messages]
 
 
 def write_pair(
@@ -53,13 +73,17 @@ def write_pair(
     methods = {name: settings.replace(prefer=text or None) for name, text in prefer.items()}
     with Columns(console, {name: name for name in prefer}, marks=False) as columns:
         answers = amulet.compare(None, methods, columns.add, messages=messages)
-    texts = {name: answer.text for name, answer in answers.items()}
-    features = features_of(amulet, taste, messages, list(texts.values()))
+    texts = [answer.text for answer in answers.values()]
+    features = features_of(amulet, taste, with_system(settings.system, messages), texts)
     candidates = {
         name: Candidate(text, each, prefer[name])
-        for (name, text), each in zip(texts.items(), features, strict=True)
+        for name, text, each in zip(prefer, texts, features, strict=True)
     }
-    return Pair(messages, candidates, amulet.model.path.name)
+    sizes = {
+        name: answer.usage.prompt_tokens + answer.usage.completion_tokens
+        for name, answer in answers.items()
+    }
+    return Pair(messages, settings.system, candidates, sizes, taste, amulet.model.path.name)
 
 
 def features_of(
@@ -80,10 +104,12 @@ def features_of(
 
 def told(taste: Taste) -> str:
     """Return what was learned in a line: "7 choices: concise:0.62, formal:-0.38"."""
+    from amulet_gguf.cli.terminal import printable
+
     n = len(taste.choices)
     found = ", ".join(f"{each.name}:{each.weight:g}" for each in taste.preferences())
     if not found and n:
         first = taste.weights()[0]
         likely = f"{'' if first.mean > 0 else 'not '}{first.name}"
         found = f"nothing is sure yet, {likely} at {first.sureness:.0%}"
-    return f"{n} choice{'' if n == 1 else 's'}: {found or 'nothing yet'}"
+    return printable(f"{n} choice{'' if n == 1 else 's'}: {found or 'nothing yet'}")

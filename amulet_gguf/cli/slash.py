@@ -96,6 +96,7 @@ def _ab(chat: Chat, text: str) -> None:
             _change(chat, prefer=taste.preferences())
         chat.tell(describe(conversation.settings))
         return
+    chat.pair = None
     chat.taste = open_taste(text or "mine", conversation.settings.prefer)
     chat.tell(f"answers come in pairs, {chat.taste.name} learns from what you choose; /ab off ends it")
     if chat.taste.choices:
@@ -158,20 +159,30 @@ def _system(chat: Chat, text: str) -> None:
 
 
 def _regen(chat: Chat, _text: str) -> None:
-    messages = list(chat.conversation.messages)
-    said = chat.conversation.undo()
+    conversation, pair = chat.conversation, chat.pair
+    messages = list(conversation.messages)
+    if pair is not None:
+        chat.pair = None
+        said: str | None = pair.messages[-1]["content"]
+        conversation.messages[:] = map(dict, pair.messages[:-1])
+    else:
+        said = conversation.undo()
     if said is None:
         raise SettingError("there is no answer to write again")
     is_answered = False
     try:
         is_answered = chat.answer(said)
     finally:
-        if not is_answered:  # nothing came of it: what was there is better
-            chat.conversation.messages[:] = messages
+        if not is_answered or chat.pair is not None:  # what was there is better than nothing
+            conversation.messages[:] = messages
 
 
 def _undo(chat: Chat, _text: str) -> None:
-    said = chat.conversation.undo()
+    said: str | None
+    if chat.pair is not None:
+        said, chat.pair = chat.pair.messages[-1]["content"], None
+    else:
+        said = chat.conversation.undo()
     if said is None:
         raise SettingError("there is no turn to take back")
     chat.autosave()
@@ -202,6 +213,7 @@ def _load(chat: Chat, text: str) -> None:
 
 
 def _clear(chat: Chat, _text: str) -> None:
+    chat.pair = None
     chat.conversation.clear()
     chat.name = sessions.new_name()
     chat.tell("a new conversation; the one before is saved")

@@ -60,7 +60,7 @@ class Chat:
         """Answer a message; return whether anything was written."""
         from amulet_gguf.cli.view import AnswerView, listening
 
-        if self._waiting() is not None:
+        if self.pair is not None:
             raise SettingError(f"{_CHOOSE}, or /ab off")
         if not self._make_room(text):
             return False
@@ -104,12 +104,14 @@ class Chat:
         conversation = self.conversation
         messages = [*conversation.messages, {"role": "user", "content": text}]
         pair = write_pair(self._console, conversation.amulet, taste, messages, conversation.settings)
+        if not any(each.text for each in pair.candidates.values()):
+            return False
+        self.pair = pair
         if pair.is_equal:
             self.tell("[the two are the same]")
-            self._keep(pair, "A")
-            return True
-        self.pair = pair
-        self.tell(f"[{_CHOOSE}]")
+            self._go_on_with("A")
+        else:
+            self.tell(f"[{_CHOOSE}]")
         return True
 
     def choose(self, better: str) -> None:
@@ -117,27 +119,21 @@ class Chat:
         nothing."""
         from amulet_gguf.cli.pair import told
 
-        pair, taste = self._waiting(), self.taste
-        if pair is None or taste is None:
+        pair = self.pair
+        if pair is None:
             raise SettingError("there is no pair to choose from: /ab begins")
+        self._go_on_with("A" if better == "=" else better)
         if better != "=":
-            taste.add(pair.choice(better))
-            self.tell(told(taste))
-        self._keep(pair, "A" if better == "=" else better)
+            pair.choose(better)
+            self.tell(told(pair.taste))
 
-    def _waiting(self) -> Pair | None:
-        """Return the pair to choose from; one whose conversation has changed since is gone."""
-        if self.pair is not None and self.pair.messages[:-1] != self.conversation.messages:
-            self.pair = None
-        return self.pair
-
-    def _keep(self, pair: Pair, name: str) -> None:
-        self.pair = None
-        self.conversation.messages = [
-            *map(dict, pair.messages),
-            {"role": "assistant", "content": pair.candidates[name].text},
-        ]
+    def _go_on_with(self, name: str) -> None:
+        pair, self.pair = self.pair, None
+        assert pair is not None
+        answer = {"role": "assistant", "content": pair.candidates[name].text}
+        self.conversation.messages = [*map(dict, pair.messages), answer]
         self.conversation.pieces = []
+        self.n_tokens = pair.sizes[name]
         self.autosave()
 
     def _act(self, keys: list[str], turn: Stream) -> None:
@@ -195,6 +191,7 @@ class Chat:
         """Go on without the oldest turns, as another session: the one before stays whole."""
         self.save()  # if it cannot be, nothing is forgotten
         self.name = sessions.new_name()
+        self.pair = None
         self.conversation.drop_oldest(turns)
 
     def compare(self, text: str) -> None:
@@ -249,6 +246,7 @@ class Chat:
             **typed: settings that go before those of the session.
         """
         session = sessions.load(name)
+        self.pair = None
         conversation = self.conversation
         conversation.clear()
         conversation.messages.extend(session.messages)

@@ -63,7 +63,7 @@ _EVERYDAY: Final = (
     "--from",
     "reading",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Learn from the ranks of readers in a folder of `amulet eval --read`.",
+    help="Learn from readers' ranks in a folder of `amulet eval --read`, instead of asking.",
 )
 @click.option("--show", is_flag=True, help="Show what is known of each attribute, and end.")
 @click.option("--json", "as_json", is_flag=True, help="Show it as one JSON object.")
@@ -105,7 +105,10 @@ def taste(
 
     # Files are read first: a mistake in one shows before the model loads.
     pairs = None if reading is None else preferred_pairs(reading)
-    messages = _typed() if questions is None else _asked(sample_questions(questions, None))
+    messages = _typed()
+    if questions is not None:
+        known = {choice.messages[-1]["content"] for choice in found.choices}
+        messages = _asked([q for q in sample_questions(questions, None) if q not in known])
     with loaded(loading, 4) as amulet:
         if pairs is not None:
             _read(amulet, found, pairs)
@@ -134,7 +137,7 @@ def _ask(amulet: Amulet, taste: Taste, settings: Settings, messages: Iterator[st
         if better is None:
             return
         if better in pair.candidates:
-            taste.add(pair.choice(better))
+            pair.choose(better)
             click.secho(told(taste), dim=True, err=True)
 
 
@@ -180,8 +183,8 @@ def _read(amulet: Amulet, taste: Taste, pairs: Sequence[tuple[str, str, str]]) -
     from amulet_gguf.cli.pair import features_of
     from amulet_gguf.taste.taste import Candidate, Choice
 
-    known = {(each.better.text, each.worse.text) for each in taste.choices}
-    new = [pair for pair in pairs if pair[1:] not in known]
+    known = {(each.messages[-1]["content"], each.better.text, each.worse.text) for each in taste.choices}
+    new = [pair for pair in pairs if pair not in known]
     for number, (question, *texts) in enumerate(new, 1):
         click.echo(f"{number} of {len(new)}", err=True)
         messages = [{"role": "user", "content": question}]

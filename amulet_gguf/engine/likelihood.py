@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Generator
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Float32Array, Float64Array, Tokens
 from amulet_gguf.method.sampling import log_sum
 
+T = TypeVar("T")
 _BATCH: Final = 128  # rows of logits that a decode gives
 
 
@@ -59,17 +61,23 @@ class Likelihood:
         Raises:
             PromptTooLongError: together they do not fit.
         """
+        return _result(self.reading(prompt, answer))
+
+    def reading(self, prompt: Tokens, answer: Tokens) -> Generator[None, None, Float64Array]:
+        """As `log_likelihood`, a decode at a time: for who has others to serve between."""
         self._check(len(prompt) + len(answer))
         found = np.empty(len(answer))
         if not len(answer):
             return found
-        self._context.copy(self._read(prompt[:-1]), self._work)
+        sequence = yield from self._read(prompt[:-1])
+        self._context.copy(sequence, self._work)
         inputs = np.concatenate([prompt[-1:], answer[:-1]])
         for start in range(0, len(inputs), _BATCH):
             chunk = inputs[start : start + _BATCH]
             self._context.add(self._work, chunk, output=True, n_outputs=len(chunk))
             for row, logits in enumerate(self._context.decode(), start):
                 found[row] = logits[answer[row]] - log_sum(logits)
+            yield
         return found
 
     def logits(self, prompt: Tokens) -> Float32Array:
@@ -79,7 +87,7 @@ class Likelihood:
             PromptTooLongError: it does not fit.
         """
         self._check(len(prompt))
-        self._context.copy(self._read(prompt[:-1]), self._work)
+        self._context.copy(_result(self._read(prompt[:-1])), self._work)
         self._context.add(self._work, prompt[-1:], output=True)
         row: Float32Array = self._context.decode()[-1]
         return row
@@ -88,7 +96,7 @@ class Likelihood:
         if n_tokens > self.n_ctx:
             raise PromptTooLongError(n_tokens, self.n_ctx)
 
-    def _read(self, prompt: Tokens) -> int:
+    def _read(self, prompt: Tokens) -> Generator[None, None, int]:
         """Return the sequence where a prompt is cached, reading what no other one has read."""
         name = prompt.tobytes()
         if name in self._prompts:
@@ -112,5 +120,16 @@ class Likelihood:
         for first in range(start, len(prompt), _BATCH):
             self._context.add(sequence, prompt[first : first + _BATCH], output=False)
             self._context.decode()
+            yield
         self._prompts[name] = sequence
         return sequence
+
+
+def _result(work: Generator[object, None, T]) -> T:
+    """Return what a generator returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:  # noqa: PERF203
+            found: T = done.value
+            return found

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -177,7 +178,8 @@ def reader_values(groups: Sequence[Group], readers: Sequence[Ranks], against: st
 def preferred_pairs(folder: Path) -> list[tuple[str, str, str]]:
     """Return what readers preferred in a folder: question, better answer, worse one.
 
-    Of each group that a reader ranked, every answer is compared with those in the next place alone.
+    Of each group that a reader ranked, answers in neighbouring places are compared, unless one is
+    broken; of several readers, most must agree.
 
     Raises:
         BatchError: there is no reading page, it is damaged, or a file of ranks is.
@@ -195,16 +197,21 @@ def preferred_pairs(folder: Path) -> list[tuple[str, str, str]]:
         raise BatchError(f"there is no {path}: amulet eval --read writes it") from None
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BatchError(f"{path} is damaged ({shown(str(error))}): write it again") from None
-    found = []
+    votes: Counter[tuple[str, str, str]] = Counter()
     for ranks in read_ranks(folder):
         for group, places in ranks.places.items():
-            answers = texts.get(group, {})
-            found += [
-                (questions[group], answers[better], answers[worse])
-                for better, worse in itertools.permutations(places, 2)
-                if places[worse] == places[better] + 1 and {better, worse} <= answers.keys()
-            ]
-    return found
+            answers, broken = texts.get(group, {}), ranks.broken[group]
+            for one, other in itertools.combinations(sorted(places.keys() & answers.keys()), 2):
+                if abs(places[one] - places[other]) == 1 and not {one, other} & broken:
+                    votes[group, one, other] += 1 if places[one] < places[other] else -1
+    pairs = [
+        (group, one, other) if n > 0 else (group, other, one)
+        for (group, one, other), n in votes.items()
+        if n
+    ]
+    return [
+        (questions[group], texts[group][better], texts[group][worse]) for group, better, worse in pairs
+    ]
 
 
 def _won(places: Mapping[str, int], one: str, other: str) -> float:

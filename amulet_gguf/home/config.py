@@ -182,6 +182,23 @@ def set_profile(name: str, values: Mapping[str, Any]) -> None:
     _edit(change)
 
 
+def set_profile_key(name: str, key: str, value: Any) -> None:
+    """Set one value of a profile, which is added if there is none; the rest of it stays.
+
+    Raises:
+        ConfigError: a name or value is not possible.
+    """
+    import tomlkit
+
+    def change(text: str) -> str:
+        document: Any = tomlkit.parse(text)
+        profiles = document.setdefault("profiles", tomlkit.table(is_super_table=True))
+        profiles.setdefault(name, tomlkit.table())[key] = value
+        return tomlkit.dumps(document)
+
+    _edit(change)
+
+
 def remove_profile(name: str) -> None:
     """Remove a profile; if it was the default, there is none then.
 

@@ -175,7 +175,7 @@ class _Api:
         self._live: dict[str, Sequence[ServiceStream]] = {}  # those that may be adjusted
         paths = {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"}
         self.metrics = Metrics(served.service, paths)
-        self.tastes = Tastes(served.service, self._read_profiles)
+        self.tastes = Tastes(served.service, served.settings.system, self._read_profiles)
 
     def _read_profiles(self) -> None:
         if self._served.config is not None:

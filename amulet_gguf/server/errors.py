@@ -54,6 +54,8 @@ class RequestError(Exception):
             return cls(400, message, code="context_length_exceeded", param="messages")
         if isinstance(error, SettingError):
             return cls(400, message, code="invalid_value", param=error.field)
+        if isinstance(error.__cause__, OSError):  # a disk, not a request
+            return cls(500, message, code="not_written")
         if isinstance(error, (PromptError, ConfigError, TasteError)):
             return cls(400, message, code="invalid_prompt")
         if isinstance(error, QueueFullError):

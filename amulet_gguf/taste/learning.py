@@ -27,6 +27,8 @@ _SIZES: Final = (0.05, 0.5, 0.3, 0.15)
 PRIOR: Final = 4.0
 #: Share of choices that say the opposite of what is meant.
 ERRORS: Final = 0.1
+#: A feature at most, in nats per token: the plausibility mask of the default cuts a token's at as much.
+MAX_RATIO: Final = -math.log(0.2)
 _N_SAMPLES: Final = 2000
 #: Size of a feature's differences before any was seen, in nats per token, and what that counts for.
 _TYPICAL: Final = 0.07
@@ -82,11 +84,12 @@ def fit(differences: Float64Array) -> Belief:
     """Return what choices teach; the same choices, the same belief.
 
     Args:
-        differences: (n, A) of the features of the better and the worse answer, n >= 0, A >= 1.
+        differences: (n, A) of the features of the better and the worse answer, n >= 0, A >= 1; NaN where
+            one is not known.
     """
     n, n_attributes = differences.shape
     scale = _scale(differences)
-    padded = np.concatenate([differences / scale, np.zeros((n, 1))], axis=1)
+    padded = np.concatenate([np.nan_to_num(differences / scale), np.zeros((n, 1))], axis=1)
     subsets, log_prior = _subsets(n_attributes)
     x = padded[:, subsets].transpose(1, 0, 2)  # (M, n, K); a subset of fewer has features of 0
     modes, curvatures = _modes(x)
@@ -163,8 +166,9 @@ def _modes(x: Float64Array) -> tuple[Float64Array, Float64Array]:
 
 def _scale(differences: Float64Array) -> Float64Array:
     """Return the size of each feature's differences."""
-    squares = (differences**2).sum(axis=0) + _N_TYPICAL * _TYPICAL**2
-    return np.asarray(np.sqrt(squares / (len(differences) + _N_TYPICAL)))
+    squares = np.nansum(differences**2, axis=0) + _N_TYPICAL * _TYPICAL**2
+    n_known = np.isfinite(differences).sum(axis=0)
+    return np.asarray(np.sqrt(squares / (n_known + _N_TYPICAL)))
 
 
 def _sigmoid(x: Float64Array) -> Float64Array:

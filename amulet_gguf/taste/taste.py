@@ -15,13 +15,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from amulet_gguf.errors import AmuletError, ConfigError, TasteError
+from amulet_gguf.errors import AmuletError, TasteError
 from amulet_gguf.home import config
 from amulet_gguf.home.files import locked, write_atomically
 from amulet_gguf.home.paths import tastes_folder
 from amulet_gguf.method.arrays import Float64Array
 from amulet_gguf.preferences import PRESETS, Preference
-from amulet_gguf.taste.learning import Belief, fit
+from amulet_gguf.taste.learning import MAX_RATIO, Belief, fit
 
 VERSION: Final = 1
 #: Attributes of a profile at most: each costs a row in every step.
@@ -34,6 +34,7 @@ _ALIKE: Final = 0.9  # of the most that a pair can teach: the rest is chance's
 _MAX_CHOICES: Final = 1000  # the newest; a file of more is of no use to anyone
 _FORMAT: Final = "amulet-taste"
 _MAX_BYTES: Final = 256 * 2**20
+_NOT_LEARNED: Final = "there is a profile {!r} that was not learned: choose another name"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")  # as a profile's
 
 
@@ -63,6 +64,11 @@ class Choice:
     better: Candidate
     worse: Candidate
     model: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells it from others."""
+        return json.dumps([*map(dict, self.messages), self.better.text, self.worse.text])
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,13 @@ class Taste:
         name: of it, and of the profile that it makes.
         attributes: texts of preferences that may matter: the presets and the person's own.
         choices: the oldest first.
+        has_profile: it made the profile of its name.
     """
 
     name: str
     attributes: tuple[str, ...] = tuple(PRESETS.values())
     choices: list[Choice] = field(default_factory=list)
+    has_profile: bool = False
 
     def belief(self) -> Belief:
         """Return what the choices say. Those made before there was an attribute say nothing of it."""
@@ -133,7 +141,9 @@ class Taste:
         pairs = list(itertools.combinations(range(len(arms)), 2))
         first, second = np.array(pairs).T
         teaches = belief.information(expected[first] - expected[second])
-        best = [pair for pair, each in zip(pairs, teaches, strict=True) if each > _ALIKE * teaches.max()]
+        best = [
+            pair for pair, each in zip(pairs, teaches, strict=True) if each >= _ALIKE * teaches.max()
+        ]
         i, j = chance.sample(chance.choice(best), 2)
         return arms[i], arms[j]
 
@@ -154,24 +164,33 @@ class Taste:
     def add(self, *choices: Choice) -> None:
         """Learn from choices: keep them, and make the profile what they say with the others.
 
-        Of a profile that is there, only the preferences change.
+        A choice that is there already is not kept twice. What other programs have made of the taste
+        meanwhile stays. Of a profile that is there, only the preferences change.
 
         Raises:
-            TasteError, ConfigError: the file or the profile cannot be written.
+            TasteError, ConfigError: the file or the profile cannot be written. In the second case, the
+                choices are kept.
         """
         path = _path(self.name)
         with _locked(path):
-            if path.exists():  # another program may have added some
-                self.choices = _load(path, self.name).choices
-            self.choices = [*self.choices, *choices][-_MAX_CHOICES:]
+            known = _load(path, self.name) if path.exists() else Taste(self.name)
+            self.attributes = _merged(known.attributes, self.attributes)
+            self.has_profile = known.has_profile
+            kept = {each.key: each for each in [*known.choices, *choices]}
+            self.choices = list(kept.values())[-_MAX_CHOICES:]
             _save(path, self)
-        self._make_profile()
+            self._make_profile(path)
 
-    def _make_profile(self) -> None:
-        before = config.load_config().profiles.get(self.name, {})
+    def _make_profile(self, path: Path) -> None:
+        is_there = self.name in config.load_config().profiles
+        if is_there and not self.has_profile:
+            raise TasteError(_NOT_LEARNED.format(self.name))
         prefer = [_written(preference) for preference in self.preferences()]
-        if prefer or before:
-            config.set_profile(self.name, {**before, "prefer": prefer})
+        if prefer or is_there:
+            config.set_profile_key(self.name, "prefer", prefer)
+            if not self.has_profile:
+                self.has_profile = True
+                _save(path, self)
 
 
 def open_taste(name: str, own: Iterable[Preference] = ()) -> Taste:
@@ -185,42 +204,50 @@ def open_taste(name: str, own: Iterable[Preference] = ()) -> Taste:
             name is that of a profile that was not learned.
     """
     path = _path(name)
-    if path.exists():
-        taste = _load(path, name)
-    elif name in config.load_config().profiles:
-        raise TasteError(f"there is a profile {name!r} that was not learned: choose another name")
-    else:
-        taste = Taste(name)
-    texts = [preference.text for preference in own]
-    attributes = tuple(dict.fromkeys([*taste.attributes, *texts]))
-    if len(attributes) > MAX_ATTRIBUTES:
-        raise TasteError(f"a taste may have {MAX_ATTRIBUTES} attributes, got {len(attributes)}")
-    return dataclasses.replace(taste, attributes=attributes)
+    taste = _load(path, name) if path.exists() else Taste(name)
+    if name in config.load_config().profiles and not taste.has_profile:
+        raise TasteError(_NOT_LEARNED.format(name))
+    taste.attributes = _merged(taste.attributes, [preference.text for preference in own])
+    return taste
+
+
+def _merged(known: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
+    """Return attributes with others; where there are too many, the oldest of the person's own go."""
+    found = list(dict.fromkeys([*known, *more]))
+    too_many = len(found) - MAX_ATTRIBUTES
+    old = [text for text in found if text not in PRESETS.values() and text not in more]
+    for text in old[: max(0, too_many)]:
+        found.remove(text)
+    if len(found) > MAX_ATTRIBUTES:
+        raise TasteError(
+            f"a taste may have {MAX_ATTRIBUTES} attributes, the presets among them, got {len(found)}: "
+            "name fewer of your own"
+        )
+    return tuple(found)
 
 
 def forget(name: str) -> None:
-    """Remove a taste, with its choices and its profile.
+    """Remove a taste, with its choices and the profile that it made.
 
     Raises:
         TasteError: there is none, or it cannot be removed.
         ConfigError: the profile cannot be removed.
     """
     path = _path(name)
-    if name in config.load_config().profiles and path.exists():
-        config.remove_profile(name)
-    try:
+    with _locked(path):
+        if not path.exists():
+            raise TasteError(f"there is no taste {name!r} in {path.parent}")
+        has_profile = True  # of a damaged one nobody knows
+        with contextlib.suppress(TasteError):
+            has_profile = _load(path, name).has_profile
+        if has_profile and name in config.load_config().profiles:
+            config.remove_profile(name)
         path.unlink()
-    except FileNotFoundError:
-        raise TasteError(f"there is no taste {name!r} in {path.parent}") from None
-    except OSError as error:
-        raise TasteError(f"{path} cannot be removed: {error.strerror or error}") from None
-    with contextlib.suppress(OSError):
-        path.with_suffix(".lock").unlink()
 
 
 def _differences(choices: Sequence[Choice], attributes: Sequence[str]) -> Float64Array:
     rows = [_row(each.better, attributes) - _row(each.worse, attributes) for each in choices]
-    return np.nan_to_num(np.array(rows).reshape(len(choices), len(attributes)))
+    return np.array(rows).reshape(len(choices), len(attributes))
 
 
 def _row(candidate: Candidate, attributes: Sequence[str]) -> Float64Array:
@@ -250,16 +277,17 @@ def _path(name: str) -> Path:
 @contextlib.contextmanager
 def _locked(path: Path) -> Any:
     try:
-        with locked(path):
+        with locked(path.with_name("tastes")):  # one for all: what is forgotten leaves no name behind
             yield
     except OSError as error:
-        raise TasteError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise TasteError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _save(path: Path, taste: Taste) -> None:
     record = {"format": _FORMAT, "version": VERSION, **dataclasses.asdict(taste)}
-    text = json.dumps(record, ensure_ascii=False)
-    write_atomically(path, text.encode("utf-8", "replace").decode() + "\n")
+    while len(data := json.dumps(record).encode()) >= _MAX_BYTES and record["choices"]:
+        record["choices"] = record["choices"][len(record["choices"]) // 2 + 1 :]  # the oldest go
+    write_atomically(path, data.decode() + "\n")
 
 
 def _load(path: Path, name: str) -> Taste:
@@ -277,12 +305,20 @@ def _load(path: Path, name: str) -> Taste:
         attributes = tuple(Preference(text).text for text in record["attributes"])
         if not 1 <= len(attributes) <= MAX_ATTRIBUTES:
             raise ValueError(f"it has {len(attributes)} attributes")
-        return Taste(name, attributes, [_choice(each) for each in record["choices"]])
+        choices = [_choice(each) for each in record["choices"]]
+        return Taste(name, attributes, choices, bool(record["has_profile"]))
     except TasteError:
         raise
     except OSError as error:
         raise TasteError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise TasteError(
             f"{path} is damaged ({reason}): amulet taste {name} --forget begins anew"
@@ -298,6 +334,6 @@ def _choice(record: Mapping[str, Any]) -> Choice:
 
 def _candidate(record: Mapping[str, Any]) -> Candidate:
     features = {str(text): float(value) for text, value in record["features"].items()}
-    if not np.isfinite(list(features.values())).all():
-        raise ValueError("a feature is no number")
+    if not all(abs(value) <= 2 * MAX_RATIO for value in features.values()):
+        raise ValueError("a feature is out of range")
     return Candidate(str(record["text"]), features, str(record["prefer"]))

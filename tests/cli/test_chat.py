@@ -295,7 +295,7 @@ def test_a_conversation_is_resumed_with_what_was_said_and_preferred() -> None:
     pipe("My name is Ann.\n/prefer formal\n/strength 2\nHello.\n", "-n", "4")
     (name,) = sessions.names()
     done = pipe("/show\n", "--resume")
-    assert "1 turns" in done.stderr
+    assert "2 turns" in done.stderr
     assert "formal · strength 2" in done.stderr
     assert pipe("", "--resume", "nosuch").returncode == 1
     assert "no session 'nosuch'" in pipe("", "--resume", "nosuch").stderr
@@ -384,6 +384,10 @@ def test_answers_in_pairs_teach_a_taste_and_the_chosen_one_is_gone_on_with(home:
         "/system Be kind.",
         "/undo",
         "/better A",
+        "/regen",
+        "/regen",
+        "/better =",
+        "And ice?",
         "/ab off",
         "/show",
     ]
@@ -391,12 +395,13 @@ def test_answers_in_pairs_teach_a_taste_and_the_chosen_one_is_gone_on_with(home:
     assert done.stderr.count("Error: ") == 4  # no pair, no choice made, no such choice, no pair
     assert "/better A or /better B chooses" in done.stderr
     assert "1 choice: " in done.stderr
-    assert "1 turns" in done.stderr
+    assert "2 turns" in done.stderr
     taste = open_taste("mine")
     (choice,) = taste.choices
     assert taste.attributes[-1] == "Answer like an old sailor."
     (name,) = sessions.names()
     messages = sessions.load(name).messages
+    assert len(messages) == 4
     assert messages[1]["content"] == choice.better.text
     assert messages[1]["content"] != choice.worse.text
     assert set(choice.better.features) == set(taste.attributes)

@@ -67,7 +67,9 @@ def learned(name: str = "mine") -> None:
     better = Candidate("x", features | {PRESETS["formal"]: 0.2}, PRESETS["formal"])
     for other in ("verbose", "creative", "complex"):
         worse = Candidate("y", features | {PRESETS[other]: 0.2}, PRESETS[other])
-        open_taste(name).add(*[Choice([], better, worse)] * 4)
+        open_taste(name).add(
+            *(Choice([{"role": "user", "content": str(i)}], better, worse) for i in range(4))
+        )
 
 
 def test_what_is_known_is_shown() -> None:

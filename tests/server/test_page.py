@@ -158,7 +158,8 @@ def test_a_choice_between_two_teaches_a_taste_and_goes_on(
     page.get_by_role("button", name="B is better").click()
     page.get_by_text("1 choice: ").wait_for()
     (choice,) = open_taste("mine").choices
-    assert {choice.better.prefer, choice.worse.prefer} == set(asked)
+    named = {PRESETS.get(text, text) for text in asked}
+    assert {choice.better.prefer, choice.worse.prefer} == named
     assert " ".join(choice.better.text.split()) == " ".join(texts[1].split())
     assert "Write for a child: simply." in choice.better.features
     assert page.get_by_role("button", name="is better").count() == 0
@@ -173,10 +174,10 @@ def test_what_was_learned_becomes_the_buttons(
 ) -> None:
     monkeypatch.setenv("AMULET_HOME", str(tmp_path))
     features = dict.fromkeys(PRESETS.values(), 0.0)
-    for other in ("verbose", "creative", "complex") * 4:
+    for i, other in enumerate(("verbose", "creative", "complex") * 4):
         better = Candidate("x", features | {PRESETS["formal"]: 0.1}, PRESETS["formal"])
         worse = Candidate("y", features | {PRESETS[other]: 0.1}, PRESETS[other])
-        open_taste("mine").add(Choice([], better, worse))
+        open_taste("mine").add(Choice([{"role": "user", "content": str(i)}], better, worse))
     page.get_by_role("button", name="concise").click()
     page.get_by_label("Two to choose from").check()
     page.get_by_text("12 choices: formal 1").wait_for()

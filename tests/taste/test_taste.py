@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Mapping
 from multiprocessing import get_context
@@ -40,8 +42,11 @@ def candidate(name: str, **more: float) -> Candidate:
     return Candidate(f"text of {name}", features, PRESETS.get(name, ""))
 
 
+NUMBERS = itertools.count()
+
+
 def choice(better: str, worse: str, size: float = 0.1) -> Choice:
-    messages = [{"role": "user", "content": "What is rain?"}]
+    messages = [{"role": "user", "content": f"What is {next(NUMBERS)}?"}]
     return Choice(
         messages, candidate(better, **{better: size}), candidate(worse, **{worse: size}), "m.gguf"
     )
@@ -71,9 +76,9 @@ def test_what_is_disliked_gets_a_negative_weight_and_sizes_sum_to_one() -> None:
 
 def test_of_a_profile_only_the_preferences_change(home: Path) -> None:
     taste = open_taste("mine")
-    taste.add(*[choice("formal", "verbose")] * 12)
+    taste.add(*(choice("formal", "verbose") for _ in range(12)))
     config.set_profile("mine", {**config.load_config().profiles["mine"], "temperature": 0.5})
-    open_taste("mine").add(*[choice("creative", "formal")] * 40)
+    open_taste("mine").add(*(choice("creative", "formal") for _ in range(40)))
     values = config.load_config().profiles["mine"]
     assert values["temperature"] == 0.5
     assert not any(each.startswith("formal:1") for each in values["prefer"])
@@ -95,9 +100,9 @@ def test_a_profile_that_was_not_learned_is_not_touched() -> None:
 
 
 def test_forgetting_removes_choices_and_profile(home: Path) -> None:
-    open_taste("mine").add(*[choice("formal", "verbose")] * 12)
+    open_taste("mine").add(*(choice("formal", "verbose") for _ in range(12)))
     tastes.forget("mine")
-    assert list(tastes_folder().iterdir()) == []
+    assert [path.name for path in tastes_folder().iterdir()] == ["tastes.lock"]
     assert "mine" not in config.load_config().profiles
     assert open_taste("mine").choices == []
     with pytest.raises(TasteError, match="no taste 'mine'"):
@@ -111,7 +116,7 @@ def test_own_preferences_are_attributes_and_can_be_learned() -> None:
     liked = Candidate("Arr.", features | {SAILOR.text: 0.1}, SAILOR.text)
     for text in (*PRESETS.values(), STRANGE.text):
         other = Candidate("Well.", features | {text: 0.1}, text)
-        taste.add(Choice([{"role": "user", "content": "Hi"}], liked, other))
+        taste.add(Choice([{"role": "user", "content": text}], liked, other))
     assert open_taste("mine").attributes == taste.attributes
     profile = config.load_config()
     assert profile.settings("mine", Settings()).prefer[0].text == SAILOR.text
@@ -124,7 +129,7 @@ def test_a_preference_is_written_so_that_it_is_read_again(preference: Preference
 
 
 def test_choices_made_before_there_was_an_attribute_say_nothing_of_it() -> None:
-    open_taste("mine").add(*[choice("formal", "verbose")] * 10)
+    open_taste("mine").add(*(choice("formal", "verbose") for _ in range(10)))
     taste = open_taste("mine", [SAILOR])
     told = {weight.text: weight for weight in taste.weights()}
     assert told[SAILOR.text].sureness < 0.3
@@ -172,21 +177,83 @@ def test_names_are_those_of_profiles(name: str) -> None:
 
 def test_too_many_attributes_are_refused() -> None:
     own = [Preference(f"Answer like person {i}, please.") for i in range(9)]
-    with pytest.raises(TasteError, match="16 attributes, got 17"):
+    with pytest.raises(TasteError, match="16 attributes, the presets among them, got 17"):
         open_taste("mine", own)
 
 
-def _add(name: str, home: str, times: int) -> None:
-    import os
+def test_the_oldest_of_ones_own_attributes_make_room() -> None:
+    own = [Preference(f"Answer like person {i}, please.") for i in range(12)]
+    for each in own:
+        taste = open_taste("mine", [each])
+        taste.add(choice("formal", "verbose"))
+    assert open_taste("mine").attributes == (*PRESETS.values(), *(each.text for each in own[4:]))
 
+
+def _add(name: str, home: str, better: str) -> None:
     os.environ["AMULET_HOME"] = home
-    for _ in range(times):
-        open_taste(name).add(choice("formal", "verbose"))
+    for _ in range(5):
+        open_taste(name).add(choice(better, "verbose"))
+
+
+def test_programs_that_know_other_attributes_keep_each_others() -> None:
+    one, other = open_taste("mine", [SAILOR]), open_taste("mine", [STRANGE])
+    one.add(choice("formal", "verbose"))
+    other.add(choice("formal", "creative"))
+    assert open_taste("mine").attributes == (*PRESETS.values(), SAILOR.text, STRANGE.text)
+
+
+def test_what_was_forgotten_elsewhere_stays_forgotten() -> None:
+    taste = open_taste("mine")
+    taste.add(*(choice("formal", "verbose") for _ in range(12)))
+    tastes.forget("mine")
+    taste.add(choice("formal", "verbose"))
+    assert len(open_taste("mine").choices) == 1
+    assert "mine" not in config.load_config().profiles
+
+
+def test_the_same_choice_twice_is_one_choice() -> None:
+    same = choice("formal", "verbose")
+    taste = open_taste("mine")
+    taste.add(same, same)
+    taste.add(same)
+    assert len(open_taste("mine").choices) == 1
+
+
+def test_comments_in_the_profile_stay(home: Path) -> None:
+    open_taste("mine").add(*(choice("formal", "verbose") for _ in range(12)))
+    path = config_file()
+    path.write_text(path.read_text() + "# so that it is short\nmax_tokens = 50\n")
+    open_taste("mine").add(*(choice("creative", "formal") for _ in range(40)))
+    assert "# so that it is short" in path.read_text()
+    assert "formal:1" not in path.read_text()
+
+
+def test_a_profile_written_by_hand_after_the_first_choices_is_not_taken_over() -> None:
+    open_taste("mine").add(choice("formal", "verbose"))
+    config.set_profile("mine", {"prefer": ["concise"]})
+    with pytest.raises(TasteError, match="was not learned"):
+        open_taste("mine")
+    tastes.forget("mine")
+    assert config.load_config().profiles["mine"] == {"prefer": ["concise"]}
+
+
+def test_a_file_does_not_outgrow_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tastes, "_MAX_BYTES", 20_000)
+    for _ in range(60):
+        last = choice("formal", "verbose")
+        open_taste("mine").add(last)
+    assert (tastes_folder() / "mine.json").stat().st_size < 20_000
+    choices = open_taste("mine").choices
+    assert 5 < len(choices) < 60
+    assert choices[-1].key == last.key
 
 
 def test_two_programs_lose_no_choice_of_each_other(home: Path) -> None:
     context = get_context("spawn")
-    others = [context.Process(target=_add, args=("mine", str(home), 5)) for _ in range(2)]
+    others = [
+        context.Process(target=_add, args=("mine", str(home), better))
+        for better in ("formal", "creative")
+    ]
     for other in others:
         other.start()
     for other in others:
@@ -237,14 +304,14 @@ def test_a_file_from_a_newer_version_says_so() -> None:
         open_taste("mine")
 
 
-@checked(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@checked(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_value_anywhere_is_refused_or_understood(data: st.DataObject) -> None:
     taste = Taste("mine", choices=[choice("formal", "verbose")])
     path = _write("")
     tastes._save(path, taste)
     record = json.loads(path.read_text())
-    values: list[Any] = [None, True, -1, 1e400, math.nan, "x", [], {}, [None], {"a": {}}, 10**400]
+    values: list[Any] = [None, True, -1, 1e400, 1e160, math.nan, "x", [], {}, [None], {"a": {}}, 10**400]
     strange = data.draw(st.sampled_from(values))
     place, key = record, data.draw(st.sampled_from(sorted(record)))
     while isinstance(place[key], (dict, list)) and place[key] and data.draw(st.booleans()):
@@ -268,7 +335,7 @@ def test_a_profile_that_cannot_be_written_costs_no_choice(home: Path) -> None:
     config_file().write_text("nonsense = [")
     taste = Taste("mine")
     with pytest.raises(ConfigError):
-        taste.add(*[choice("formal", "verbose")] * 12)
+        taste.add(*(choice("formal", "verbose") for _ in range(12)))
     config_file().unlink()
     assert len(open_taste("mine").choices) == 12
     with pytest.raises(AmuletError):
