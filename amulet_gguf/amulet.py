@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from amulet_gguf.engine.answer import Answer, Piece
+from amulet_gguf.engine.drafts import N_OUTPUTS
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.context import Context
@@ -104,6 +105,7 @@ class Amulet:
                 n_sequences=n_sequences,
                 n_batch=loading.n_batch,
                 n_threads=loading.n_threads,
+                n_outputs=max(n_sequences, min(loading.n_batch or N_OUTPUTS, N_OUTPUTS)),
             )
 
         engine = Engine(model, make_context, n_sequences)
@@ -130,6 +132,7 @@ class Amulet:
         *,
         messages: Sequence[Message] | None = None,
         settings: Settings | None = None,
+        draft: str | None = None,
         on_prefill: OnPrefill | None = None,
         **options: Unpack[Options],
     ) -> Stream:
@@ -140,6 +143,9 @@ class Amulet:
             messages: a conversation instead: mappings with "role" (system, user, assistant) and
                 "content", the last of the user.
             settings: where to start from; None means the defaults.
+            draft: an answer that this one may be much like, such as one written with another strength:
+                as far as it is, several tokens come in the time of one. What is written does not depend
+                on it (but for rounding, where two tokens are nearly as probable).
             on_prefill: called with the tokens of the prompt read so far and in all, as they are read.
             **options: fields of `Settings` that differ.
 
@@ -150,7 +156,7 @@ class Amulet:
         """
 
         def plan(planner: Planner, settings: Settings) -> Request:
-            return planner.request(prompt, messages, settings)
+            return planner.request(prompt, messages, settings, draft=draft)
 
         settings = (settings or Settings()).replace(**options)
         return self.start(plan, settings, on_prefill=on_prefill)
@@ -176,10 +182,11 @@ class Amulet:
         *,
         messages: Sequence[Message] | None = None,
         settings: Settings | None = None,
+        draft: str | None = None,
         **options: Unpack[Options],
     ) -> Answer:
         """Answer a prompt; arguments and errors as `stream`."""
-        with self.stream(prompt, messages=messages, settings=settings, **options) as stream:
+        with self.stream(prompt, messages=messages, settings=settings, draft=draft, **options) as stream:
             return stream.answer()
 
     def compare(

@@ -80,9 +80,21 @@ def make_context() -> Iterator[MakeContext]:
     contexts: list[Context] = []
 
     def make(
-        model: Model, n_sequences: int = 2, *, n_ctx: int = 256, n_batch: int | None = None
+        model: Model,
+        n_sequences: int = 2,
+        *,
+        n_ctx: int = 256,
+        n_batch: int | None = None,
+        n_outputs: int | None = None,
     ) -> Context:
-        context = Context(model, n_ctx=n_ctx, n_sequences=n_sequences, n_batch=n_batch, n_threads=1)
+        context = Context(
+            model,
+            n_ctx=n_ctx,
+            n_sequences=n_sequences,
+            n_batch=n_batch,
+            n_threads=1,
+            n_outputs=n_outputs,
+        )
         contexts.append(context)
         return context
 

@@ -161,6 +161,7 @@ def _system(chat: Chat, text: str) -> None:
 def _regen(chat: Chat, _text: str) -> None:
     conversation, pair = chat.conversation, chat.pair
     messages = list(conversation.messages)
+    draft = messages[-1]["content"] if messages else None
     if pair is not None:
         chat.pair = None
         said: str | None = pair.messages[-1]["content"]
@@ -171,7 +172,7 @@ def _regen(chat: Chat, _text: str) -> None:
         raise SettingError("there is no answer to write again")
     is_answered = False
     try:
-        is_answered = chat.answer(said)
+        is_answered = chat.answer(said, draft)
     finally:
         if not is_answered or chat.pair is not None:  # what was there is better than nothing
             conversation.messages[:] = messages
@@ -306,4 +307,11 @@ def complete(typed: str) -> list[str]:
     return [word for word in command.words() if word.startswith(words[-1])] if command else []
 
 
-ALIASES: Final = {"quit": "exit", "bye": "exit", "q": "exit", "?": "help", "retry": "regen"}
+ALIASES: Final = {
+    "quit": "exit",
+    "bye": "exit",
+    "q": "exit",
+    "?": "help",
+    "retry": "regen",
+    "again": "regen",
+}

@@ -56,8 +56,12 @@ class Chat:
 
         click.secho(printable(text), err=True, dim=True)
 
-    def answer(self, text: str) -> bool:
-        """Answer a message; return whether anything was written."""
+    def answer(self, text: str, draft: str | None = None) -> bool:
+        """Answer a message; return whether anything was written.
+
+        Args:
+            draft: an earlier answer to it.
+        """
         from amulet_gguf.cli.view import AnswerView, listening
 
         if self.pair is not None:
@@ -78,7 +82,7 @@ class Chat:
                 if keys.stop and turn is not None:
                     turn.cancel()
 
-            turn = self.conversation.ask(text, on_prefill=on_prefill)
+            turn = self.conversation.ask(text, draft=draft, on_prefill=on_prefill)
             view.status = ""
             try:
                 for piece in turn:

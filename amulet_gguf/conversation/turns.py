@@ -63,7 +63,12 @@ class Conversation(Generic[AnyStream]):
         return self._host.wait_ready()
 
     def ask(
-        self, text: str, *, on_prefill: OnPrefill | None = None, **options: Unpack[Options]
+        self,
+        text: str,
+        *,
+        draft: str | None = None,
+        on_prefill: OnPrefill | None = None,
+        **options: Unpack[Options],
     ) -> AnyStream:
         """Answer a message of the user, piece by piece.
 
@@ -71,7 +76,7 @@ class Conversation(Generic[AnyStream]):
         so does what `adjust` changed.
 
         Args:
-            on_prefill: as in `Amulet.stream`.
+            draft, on_prefill: as in `Amulet.stream`.
             **options: fields of `Settings` that change, from now on.
 
         Raises:
@@ -83,7 +88,7 @@ class Conversation(Generic[AnyStream]):
         messages = self._with(text)
 
         def plan(planner: Planner, settings: Settings) -> Request:
-            return _request(planner, messages, settings)
+            return _request(planner, messages, settings, draft)
 
         def add(stream: AnswerStream) -> None:
             adjusted = stream.adjusted
@@ -152,7 +157,15 @@ class Conversation(Generic[AnyStream]):
         return [*self.amulet.planner.base(None, before, self.settings), last]
 
 
-def _request(planner: Planner, messages: list[dict[str, str]], settings: Settings) -> Request:
+def _request(
+    planner: Planner, messages: list[dict[str, str]], settings: Settings, draft: str | None = None
+) -> Request:
     return planner.request(
-        None, messages, settings, reuse=True, is_adjustable=True, n_alternatives=N_ALTERNATIVES
+        None,
+        messages,
+        settings,
+        reuse=True,
+        is_adjustable=True,
+        n_alternatives=N_ALTERNATIVES,
+        draft=draft,
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 import numpy as np
 
 from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.drafts import Step
 from amulet_gguf.engine.generation import Context, Generation, Request
 from amulet_gguf.engine.sequences import Sequences
 from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError, QueueFullError
@@ -180,6 +181,8 @@ class Engine:
                 for generation in ready:
                     rows, logits = np.split(logits, [generation.n_outputs])
                     self._advance(generation, rows)
+                for generation in ready:
+                    generation.take_back(self._sequences.context)
                 self._sequences.release()
             except BaseException as error:
                 self._abandon(error)
@@ -236,7 +239,24 @@ class Engine:
         for generation in reading:
             chunks[generation] = generation.chunks(budget)
             budget -= sum(chunks[generation])
+        self._guess(chunks)
         return [g for g in live if g.add_rows(context, chunks[g])]
+
+    def _guess(self, chunks: dict[Generation, list[int]]) -> None:
+        """Have what drafts propose verified in the rows, and outputs, that are left."""
+        context = self._sequences.context
+        ready = [g for g, sizes in chunks.items() if g.is_ready(sizes)]
+        if not context.can_draft:
+            return
+        rows = sum(map(sum, chunks.values()))
+        n_outputs = sum(g.n_outputs for g in ready)
+        for generation in ready:
+            each = generation.n_outputs
+            room = min(context.room - rows, context.n_outputs - n_outputs)
+            step = Step(rows, each, len(ready) - 1, room // each, context.is_offloaded)
+            added = generation.guess(step, context.n_ctx)
+            rows += added
+            n_outputs += added
 
     def _fill_gaps(self, chunks: dict[Generation, list[int]], budget: int) -> int:
         """Let branches that are left behind between others read a token along; return how many do.

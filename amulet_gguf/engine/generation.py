@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from amulet_gguf.engine.answer import FinishReason, Piece, Timings, Usage
+from amulet_gguf.engine.drafts import Drafts, Step
 from amulet_gguf.engine.text import TextAssembler
 from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.explanation import explain
@@ -35,10 +36,16 @@ class Context(Protocol):
     @property
     def room(self) -> int: ...
     def length(self, sequence: int) -> int: ...
-    def add(self, sequence: int, tokens: Tokens, *, output: bool) -> None: ...
+    def add(self, sequence: int, tokens: Tokens, *, output: bool, n_outputs: int = 1) -> None: ...
     def decode(self) -> Float32Array: ...
     @property
     def can_truncate(self) -> bool: ...
+    @property
+    def can_draft(self) -> bool: ...
+    @property
+    def n_outputs(self) -> int: ...
+    @property
+    def is_offloaded(self) -> bool: ...
     def copy(self, source: int, target: int) -> None: ...
     def truncate(self, sequence: int, length: int) -> None: ...
     def save(self, sequence: int) -> bytes: ...
@@ -62,6 +69,7 @@ class Request:
             The answer can differ in near ties: sums are in another order.
         n_alternatives: explain each token with so many of each distribution's best; 0: do not.
         on_end: called with the tokens of the answer at its end, unless a stop string cut it short.
+        drafts: guesses of its tokens, to be verified several in a step.
     """
 
     branches: Sequence[Tokens]
@@ -72,6 +80,7 @@ class Request:
     reuse: bool = False
     n_alternatives: int = 0
     on_end: Callable[[Sequence[int]], None] | None = None
+    drafts: Drafts | None = None
 
 
 class Generation:
@@ -88,6 +97,7 @@ class Generation:
         n_prefill: tokens to read before the first token, shared prefixes once, and branches that it does
             not need not at all.
         n_read: how many of them have been read.
+        n_guessed, n_right: tokens that drafts proposed, and those of them that were chosen.
         submitted_at, started_at, first_token_at, finished_at: seconds of `time.perf_counter`.
     """
 
@@ -107,6 +117,10 @@ class Generation:
         self._written: list[int] = []
         self._text = TextAssembler(request.stop)
         self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
+        self._needed = self.mixture.needed  # of its first token
+        self._guesses: list[int] = []
+        self._n_valid = 0  # tokens of the answer that are cached, and right
+        self.n_guessed = self.n_right = 0
         self.first_sequence = -1  # its branches are neighbours from here on
         self.rewind()
 
@@ -187,14 +201,14 @@ class Generation:
         Either all that are needed come to their ends together, and there will be logits to sample from,
         or each of them keeps a token for a later step.
         """
-        self._acting = self.mixture
+        self._acting, self._guesses = self.mixture, []
+        self._needed = self._acting.needed
         chunks = [0] * self.n_branches
         if self.n_shared:
             chunks[0] = min(self.n_shared, budget)
             return chunks
-        needed = self._acting.needed
-        is_enough = sum(map(self.unread, needed)) <= budget
-        for branch in needed:
+        is_enough = sum(map(self.unread, self._needed)) <= budget
+        for branch in self._needed:
             size = self.unread(branch) - (not is_enough)
             chunks[branch] = min(size, budget)
             budget -= chunks[branch]
@@ -207,8 +221,12 @@ class Generation:
             if size:
                 start = self._n_cached[branch]
                 tokens = self._tokens(branch, start, start + size)
-                is_asked = is_ready and branch in self._acting.needed
-                context.add(self.first_sequence + branch, tokens, output=is_asked)
+                if is_ready and branch in self._needed:
+                    tokens = np.concatenate([tokens, np.array(self._guesses, np.int32)])
+                    n_outputs = 1 + len(self._guesses)
+                    context.add(self.first_sequence + branch, tokens, output=True, n_outputs=n_outputs)
+                else:
+                    context.add(self.first_sequence + branch, tokens, output=False)
         self._has_read_first(chunks[0])
         for branch in range(1, self.n_branches):
             self._n_cached[branch] += chunks[branch]
@@ -218,21 +236,65 @@ class Generation:
 
     def is_ready(self, chunks: Sequence[int]) -> bool:
         """Tell whether logits to sample from will come of such chunks."""
-        needed = self._acting.needed
-        return not self.n_shared and all(chunks[branch] == self.unread(branch) for branch in needed)
+        return not self.n_shared and all(
+            chunks[branch] == self.unread(branch) for branch in self._needed
+        )
+
+    def guess(self, step: Step, n_ctx: int) -> int:
+        """Have guesses verified in the step that is ready; return how many rows they add."""
+        request = self.request
+        if request.drafts is not None:
+            room = n_ctx - self.n_prompt - self.n_tokens
+            limit = min(step.limit, request.max_tokens - self.n_tokens - 1, room)
+            step = replace(step, limit=max(0, limit))
+            self._guesses = request.drafts.propose(self._written, step)
+        return len(self._guesses) * len(self._needed)
 
     @property
     def n_outputs(self) -> int:
         """Rows of logits that the next token needs."""
-        return len(self._acting.needed)
+        return len(self._needed) * (1 + len(self._guesses))
 
     def advance(self, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer) -> None:
-        """Choose the next token from the branches' logits.
+        """Choose the next token from the branches' logits, and more as long as they were guessed.
 
         Args:
-            logits: (N, V) of the branches that are needed.
+            logits: (N * (1 + guesses), V) of the branches that are needed.
             row: (V,) work space.
         """
+        places = logits.reshape(len(self._needed), -1, logits.shape[1])
+        before, n_right = self.n_tokens, 0
+        for place in range(places.shape[1]):
+            needed = self._acting.needed
+            if not set(needed) <= set(self._needed):  # it needs a branch that was not read
+                break
+            at = logits
+            if places.shape[1] > 1 or needed != self._needed:
+                at = places[[self._needed.index(branch) for branch in needed], place]
+            token = self._choose(at, row, detokenizer)
+            if place < len(self._guesses) and token == self._guesses[place]:
+                n_right = self.n_tokens - before  # the end of an answer is not written
+            if self.is_finished or n_right <= place:
+                break
+        if self._guesses:
+            self.n_guessed += len(self._guesses)
+            self.n_right += n_right
+            self._n_valid = before + n_right
+            if self.request.drafts is not None:
+                self.request.drafts.told(n_right)
+
+    def take_back(self, context: Context) -> None:
+        """Take guesses that were wrong out of the cache again; the last token is yet to be read."""
+        if not self._guesses:
+            return
+        n_valid = self._n_valid if self.is_finished else min(self._n_valid, self.n_tokens - 1)
+        for branch in self._needed:
+            length = len(self.request.branches[branch]) + n_valid
+            context.truncate(self.first_sequence + branch, length)
+            self._n_cached[branch] = length
+
+    def _choose(self, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer) -> int:
+        """Choose a token and write it; return it."""
         mixture = self._acting
         self.request.sampler.bias(logits)
         prompted = mixture.combine(logits, row)
@@ -244,7 +306,7 @@ class Generation:
             self.first_token_at = time.perf_counter()
         if detokenizer.ends_generation(token):
             self.finish("stop")
-            return
+            return token
         explanation = None
         if n_alternatives:
             explanation = explain(
@@ -260,13 +322,14 @@ class Generation:
         text = self._text.push(detokenizer.token_bytes(token))
         piece = Piece(text, token, changed, None, explanation)
         if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
-            return
+            return token
         if self._text.stopped:
             self.finish("stop", piece)
         elif self.n_tokens >= self.request.max_tokens:
             self.finish("length", piece)
         else:
             self.pieces.append(piece)
+        return token
 
     def finish(self, reason: FinishReason, last: Piece | None = None) -> None:
         """End with a last piece, which gets all text that was held back."""

@@ -40,6 +40,8 @@ class Context:
         n_sequences: how many there are; they are numbered from 0.
         n_batch: rows one `decode` takes at most.
         n_threads: CPU threads of one `decode`.
+        n_outputs: rows of logits that one `decode` can give.
+        is_offloaded: a GPU computes them.
     """
 
     def __init__(
@@ -116,7 +118,8 @@ class Context:
         self.n_ctx = int(lib.llama_n_ctx_seq(self._context))
         self.n_sequences = n_sequences
         self.n_batch = int(lib.llama_n_batch(self._context))
-        self._max_outputs = n_outputs
+        self.n_outputs = n_outputs
+        self.is_offloaded = is_offloaded
         self._lengths = [0] * n_sequences
 
         # llama.cpp reads the batch from these arrays; filling them by slices costs microseconds.
@@ -195,8 +198,8 @@ class Context:
         if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
             raise EngineError(f"a token lies outside the vocabulary of {self.model.n_vocab}")
         asked = min(n, n_outputs) if output else 0
-        if self._n_outputs + asked > self._max_outputs:
-            raise EngineError(f"logits of {self._n_outputs + asked} rows: {self._max_outputs} are made")
+        if self._n_outputs + asked > self.n_outputs:
+            raise EngineError(f"logits of {self._n_outputs + asked} rows: {self.n_outputs} are made")
         rows = slice(start, start + n)
         self._tokens[rows] = tokens
         self._positions[rows] = np.arange(position, position + n)
@@ -258,6 +261,12 @@ class Context:
         read, not a cell per token, so that nothing can be taken back from it."""
         model = self.model.handle
         return not (lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model))
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether the last tokens of a sequence can be taken back at any time. A sliding window may have
+        let go of what the earlier ones see."""
+        return self.can_truncate and lib.llama_model_n_swa(self.model.handle) == 0
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget all but the first `length` tokens of a sequence.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
+from amulet_gguf.engine.drafts import Drafts
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.echo import echo_tokens
 from amulet_gguf.method.mixture import Fade, Mixture, Realignment, coefficients, realign
 from amulet_gguf.method.sampling import Sampler
@@ -15,6 +17,8 @@ from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.template import ChatTemplate, Message, conversation, with_preference
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
+
+_MIN_AT_HAND = 64  # tokens: a shorter prompt holds nothing to repeat
 
 
 class Planner:
@@ -42,6 +46,7 @@ class Planner:
         reuse: bool = False,
         is_adjustable: bool = False,
         n_alternatives: int = 0,
+        draft: str | None = None,
     ) -> Request:
         """Return the request for a prompt, a conversation, or a text to go on with.
 
@@ -50,6 +55,8 @@ class Planner:
                 preference stands before it, and the system prompt is left out.
             reuse, n_alternatives: see `Request`. With the first, the conversation begins with the tokens
                 that the model wrote, where it wrote them.
+            draft: what the answer may be much like, as one that was written with other settings: as far
+                as it is, it comes sooner.
             is_adjustable: have all branches, needed or not: `mixture` gives other strengths later.
 
         Raises:
@@ -80,7 +87,15 @@ class Planner:
             reuse=reuse,
             n_alternatives=n_alternatives,
             on_end=on_end,
+            drafts=self._drafts(branches, draft),
         )
+
+    def _drafts(self, branches: Sequence[Tokens], draft: str | None) -> Drafts | None:
+        prompt = max(branches, key=len)
+        if draft is None and len(prompt) < _MIN_AT_HAND:
+            return None
+        answer = None if draft is None else self._model.tokenize(draft, special=False)
+        return Drafts.of(prompt, answer)
 
     def base(
         self, prompt: str | None, messages: Sequence[Message] | None, settings: Settings

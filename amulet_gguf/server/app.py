@@ -216,7 +216,7 @@ class _Api:
         if any(message["role"] == "system" for message in messages):
             settings = settings.replace(system=None)
         reply = self._reply(body, True)
-        options = {"messages": messages}
+        options = {"messages": messages, "draft": body.draft}
         return await self._answer(body, request, reply, settings, [options])
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:

@@ -17,7 +17,7 @@ MAX_ANSWERS: Final = 16
 # Fields of OpenAI's that mean nothing here, so that it does no harm to ignore them.
 _IGNORED: Final = frozenset({
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key",
-    "prompt_cache_retention", "safety_identifier", "reasoning_effort", "verbosity", "prediction",
+    "prompt_cache_retention", "safety_identifier", "reasoning_effort", "verbosity",
 })  # fmt: skip
 # Fields that would change the answer: only the value that does not is taken.
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
@@ -104,11 +104,19 @@ class _Request(_Asked):
                 raise RequestError(400, message, code="unsupported_parameter", param=name)
 
 
+class Prediction(_Asked):
+    """What the answer may be much like: an earlier one, or a text that it is to change a little."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    prediction: Prediction | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -119,9 +127,18 @@ class ChatRequest(_Request):
         return given
 
     @property
+    def draft(self) -> str | None:
+        """The prediction as a text."""
+        return None if self.prediction is None else _text(self.prediction.content)
+
+    @property
     def n_logprobs(self) -> int | None:
         """Alternatives to report for each token; None: no probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _text(content: str | Sequence[TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
@@ -135,8 +152,7 @@ def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
         extra = message.model_extra or {}
         if extra.get("tool_calls") or extra.get("function_call"):
             raise RequestError(400, "tool calls are not supported by this server", param="messages")
-        content = message.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        text = _text(message.content)
         role = "system" if message.role == "developer" else message.role
         found.append({"role": role, "content": text})
     return found

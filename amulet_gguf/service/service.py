@@ -144,6 +144,7 @@ class AmuletService:
         settings: Settings | None = None,
         is_adjustable: bool = True,
         n_alternatives: int = 0,
+        draft: str | None = None,
         on_prefill: OnPrefill | None = None,
         **options: Unpack[Options],
     ) -> ServiceStream:
@@ -156,6 +157,7 @@ class AmuletService:
             settings: where to start from; None means the defaults.
             is_adjustable: `adjust` may be used, at the price of memory for all branches.
             n_alternatives: explain each token with so many of each distribution's best.
+            draft: as in `Amulet.stream`.
             on_prefill: called on the engine's thread with the tokens of the prompt read so far and in
                 all; it must return soon. If it raises, the answer fails with that.
             **options: fields of `Settings` that differ.
@@ -175,6 +177,7 @@ class AmuletService:
                 reuse=messages is not None,
                 is_adjustable=is_adjustable,
                 n_alternatives=n_alternatives,
+                draft=draft,
             )
 
         return self.start(plan, settings, is_adjustable=is_adjustable, on_prefill=on_prefill)

@@ -38,6 +38,7 @@ from amulet_gguf.engine import engine as engine_module
 from amulet_gguf.engine import generation as generation_module
 from amulet_gguf.engine import sequences as sequences_module
 from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.drafts import Drafts, Source
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import (
@@ -315,6 +316,18 @@ def test_reserve_makes_room_only_while_idle() -> None:
     assert written(generation) == alone(request(PAIR))
 
 
+def drafts_of(kind: str, answer: list[int], branches: list[list[int]]) -> Drafts | None:
+    """Guesses of all qualities, which are made at every step: what they cost does not matter here."""
+    texts = {
+        "none": [],
+        "right": answer,
+        "half right": [token if i % 3 else 4 for i, token in enumerate(answer)],
+        "at hand": [*branches[0], *answer[::-1]],
+    }
+    text = np.array(texts[kind], np.int32)
+    return Drafts([Source(text, min_match=0, accepted=1.0)]) if texts[kind] else None
+
+
 class Schedules(RuleBasedStateMachine):
     """Generations come, go and fail in any order."""
 
@@ -332,6 +345,7 @@ class Schedules(RuleBasedStateMachine):
         plausibility=st.sampled_from([0.0, 0.5]),
         seed=st.none() | st.integers(0, 3),
         kind=st.sampled_from(["plain"] * 6 + ["poisoned", "too wide"]),
+        guesses=st.sampled_from(["none", "right", "half right", "at hand"]),
     )
     def submit(
         self,
@@ -341,6 +355,7 @@ class Schedules(RuleBasedStateMachine):
         plausibility: float,
         seed: int | None,
         kind: str,
+        guesses: str,
     ) -> None:
         branches = [prefix + end for end in ends]
         if kind == "poisoned":
@@ -348,6 +363,8 @@ class Schedules(RuleBasedStateMachine):
         if kind == "too wide":
             branches = (branches * 9)[:9]
         asked = request(branches, max_tokens=max_tokens, plausibility=plausibility, seed=seed)
+        if kind == "plain" and max(map(len, branches)) < 40:
+            asked = replace(asked, drafts=drafts_of(guesses, alone(asked, seed, n_ctx=40)[0], branches))
         try:
             generation = self.engine.submit(asked)
         except PromptTooLongError:
@@ -370,6 +387,8 @@ class Schedules(RuleBasedStateMachine):
     def turn_the_dial(self, which: int, strength: float, plausibility: float) -> None:
         if self.runs:
             generation, _, _ = self.runs[which % len(self.runs)]
+            if generation.is_finished:
+                return
             generation.mixture = mixture(generation.n_branches, strength, plausibility)
             self.turns[generation].append((generation.n_tokens, generation.mixture))
 

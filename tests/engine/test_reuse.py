@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from fixture_types import MakeContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amulet_gguf.engine.drafts import Drafts, Source
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import EngineError
@@ -49,17 +51,25 @@ branches = st.lists(tokens, min_size=1, max_size=3)
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 24), branches, st.integers(1, 12)), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.integers(0, 24), branches, st.integers(1, 12), st.booleans()),
+        min_size=1,
+        max_size=6,
+    ),
     st.booleans(),
 )
 def test_reuse_writes_what_reading_all_writes(
-    asked: list[tuple[int, Tails, int]], can_truncate: bool
+    asked: list[tuple[int, Tails, int, bool]], can_truncate: bool
 ) -> None:
     engine, _ = engine_of(can_truncate)
-    for n_shared, tails, max_tokens in asked:
+    for n_shared, tails, max_tokens, is_drafted in asked:
         prompts = [[*HISTORY[:n_shared], *tail] for tail in tails]
         one = request(prompts, reuse=True, max_tokens=max_tokens)
-        assert run(engine, one)[0] == alone(one, n_ctx=96)[0]
+        expected = alone(one, n_ctx=96)[0]
+        if is_drafted:  # some guesses right, some wrong: those must leave nothing cached
+            text = np.array([token if i % 4 else 5 for i, token in enumerate(expected)], np.int32)
+            one = replace(one, drafts=Drafts([Source(text, min_match=0, accepted=1.0)]))
+        assert run(engine, one)[0] == expected
 
 
 @settings(deadline=None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from amulet_gguf.engine.drafts import Drafts
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.errors import EngineError
 from amulet_gguf.method.mixture import Mixture
@@ -64,11 +65,13 @@ class FakeContext:
     is_closed: bool = False
     can_truncate: bool = True
     n_threads: int = 1
+    n_outputs: int = 16
+    is_offloaded: bool = False
 
     def __post_init__(self) -> None:
         assert 1 <= self.n_sequences <= self.n_batch
         self.held: list[list[int]] = [[] for _ in range(self.n_sequences)]
-        self._added: list[tuple[int, int, bool]] = []
+        self._added: list[tuple[int, int, int]] = []
 
     @property
     def room(self) -> int:
@@ -77,14 +80,20 @@ class FakeContext:
     def length(self, sequence: int) -> int:
         return len(self.held[sequence])
 
-    def add(self, sequence: int, tokens: Tokens, *, output: bool) -> None:
+    @property
+    def can_draft(self) -> bool:
+        return self.can_truncate
+
+    def add(self, sequence: int, tokens: Tokens, *, output: bool, n_outputs: int = 1) -> None:
         assert not self.is_closed
         assert 0 <= sequence < self.n_sequences
         assert not self._added or self._added[-1][0] < sequence
         assert 1 <= len(tokens) <= self.room
         assert len(self.held[sequence]) + len(tokens) <= self.n_ctx
         self.held[sequence] += tokens.tolist()
-        self._added.append((sequence, len(tokens), output))
+        assert 1 <= n_outputs <= len(tokens)
+        self._added.append((sequence, len(tokens), n_outputs if output else 0))
+        assert sum(n for _, _, n in self._added) <= self.n_outputs
 
     def decode(self) -> Rows:
         assert not self.is_closed
@@ -94,12 +103,16 @@ class FakeContext:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        outputs = [sequence for sequence, _, output in added if output]
+        outputs = [sequence for sequence, _, n in added if n]
         # All write: their rows must be those of neighbours. (A prompt that ends here may lie apart: one
         # between may have had no room in this batch.)
         if len(outputs) == len(added) and all(n == 1 for _, n, _ in added):
             assert outputs == list(range(outputs[0], outputs[0] + len(outputs)))
-        rows = [logits_after(self.held[sequence]) for sequence in outputs]
+        rows = [
+            logits_after(self.held[sequence][: len(self.held[sequence]) - back])
+            for sequence, _, n in added
+            for back in range(n - 1, -1, -1)
+        ]
         return np.array(rows, np.float32).reshape(len(rows), N_VOCAB)
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -178,6 +191,7 @@ def request(
     stop: Sequence[str] = (),
     seed: int | None = None,
     reuse: bool = False,
+    drafts: Drafts | None = None,
 ) -> Request:
     """A request with the strength shared out evenly; greedy without a seed."""
     return Request(
@@ -187,6 +201,7 @@ def request(
         max_tokens=max_tokens,
         stop=stop,
         reuse=reuse,
+        drafts=drafts,
     )
 
 

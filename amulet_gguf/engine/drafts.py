@@ -1,0 +1,149 @@
+"""What an answer is likely to say next, so that several tokens can be verified in one step.
+
+A draft is never believed: the engine chooses each token from its own distribution, as without drafts,
+and goes on as long as the draft has guessed it. Guesses come from texts at hand, where what followed
+the last tokens before is proposed to follow them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from amulet_gguf.method.arrays import Tokens
+
+#: Tokens that one step verifies at most.
+MAX_DRAFT: Final = 7
+#: Rows of logits that a context makes for them; each takes V * 4 bytes.
+N_OUTPUTS: Final = 2 * (1 + MAX_DRAFT)
+_MAX_MATCH: Final = 8  # tokens: a longer match says no more
+_MEMORY: Final = 0.8  # of what share was accepted, per draft
+_PROBE: Final = 32  # tokens after which a source that was wrong may guess one again
+#: Time of a step by its rows, relative to one row: a CPU that computes two at the price of 1.75.
+_ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
+_CPU_TIMES: Final = (1.0, 1.75, 2.45, 4.2, 6.3)
+_GPU_TIMES: Final = (1.0, 1.05, 1.1, 1.2, 1.4)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What guesses would come to.
+
+    Attributes:
+        rows: of the step without them.
+        rows_each: that a guess adds.
+        n_others: generations that get a token of the step, too.
+        limit: guesses that there is room for.
+        is_offloaded: a GPU computes it.
+    """
+
+    rows: int
+    rows_each: int
+    n_others: int
+    limit: int
+    is_offloaded: bool
+
+
+class Source:
+    """A text in which an answer may find itself again.
+
+    Attributes:
+        accepted: share of guesses that were right, of late.
+    """
+
+    def __init__(self, text: Tokens, *, min_match: int, accepted: float) -> None:
+        """Look tokens up in a text.
+
+        Args:
+            text: (n,) int32.
+            min_match: tokens that must be the same before what follows is a guess.
+            accepted: share of guesses to expect before any was made.
+        """
+        self._text = text
+        self._min_match = min_match
+        self.accepted = accepted
+
+    def propose(self, written: Sequence[int], n: int) -> list[int]:
+        """Return at most n tokens that may follow what was written; none without a match.
+
+        Of several matches the longest counts, and of those the last.
+        """
+        if not written:
+            return self._text[:n].tolist() if self._min_match == 0 else []
+        text = self._text
+        ends = np.flatnonzero(text[:-1] == written[-1])
+        best, best_size = -1, max(1, self._min_match) - 1
+        for end in ends[::-1].tolist():
+            size = 1
+            while (
+                size < min(_MAX_MATCH, len(written), end + 1) and text[end - size] == written[-1 - size]
+            ):
+                size += 1
+            if size > best_size:
+                best, best_size = end, size
+                if size == _MAX_MATCH:
+                    break
+        return text[best + 1 : best + 1 + n].tolist() if best >= 0 else []
+
+    def told(self, proposed: int, accepted: int) -> None:
+        """Learn how many tokens of a draft were right."""
+        tried = min(proposed, accepted + 1)
+        self.accepted = _MEMORY * self.accepted + (1 - _MEMORY) * accepted / tried
+
+
+def best_size(accepted: float, step: Step) -> int:
+    """Return how many guesses to verify in a step: what writes most tokens in a time; 0 if none does.
+
+    Args:
+        accepted: probability of each guess.
+    """
+    times = _GPU_TIMES if step.is_offloaded else _CPU_TIMES
+
+    def rate(k: int) -> float:
+        tokens = step.n_others + sum(accepted**i for i in range(k + 1))
+        rows = min(step.rows + k * step.rows_each, _ROWS[-1])
+        return tokens / float(np.interp(math.log2(rows), np.log2(_ROWS), times))
+
+    return max(range(min(MAX_DRAFT, step.limit) + 1), key=rate)
+
+
+class Drafts:
+    """The guesses of one generation."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """Ask sources in their order."""
+        self._sources = sources
+        self._asked: Source | None = None
+        self._n_proposed = 0
+        self._n_silent = 0
+
+    @classmethod
+    def of(cls, prompt: Tokens, answer: Tokens | None) -> Drafts:
+        """Guess from an answer to the same messages, if there is one, and from the prompt: who rewrites
+        or sums up a text repeats it."""
+        sources = [Source(prompt, min_match=3, accepted=0.5)]
+        if answer is not None:
+            sources.insert(0, Source(answer, min_match=0, accepted=0.8))
+        return cls(sources)
+
+    def propose(self, written: Sequence[int], step: Step) -> list[int]:
+        """Return tokens that may come next; none where verifying them would not pay."""
+        self._n_silent += 1
+        for source in self._sources:
+            size = best_size(source.accepted, step)
+            if size == 0 and step.limit and self._n_silent >= _PROBE:
+                size = 1
+            if size and (guesses := source.propose(written, size)):
+                self._asked, self._n_proposed, self._n_silent = source, len(guesses), 0
+                return guesses
+        self._asked = None
+        return []
+
+    def told(self, accepted: int) -> None:
+        """Learn how many of the last guesses were right."""
+        if self._asked is not None:
+            self._asked.told(self._n_proposed, accepted)

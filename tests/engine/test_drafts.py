@@ -1,0 +1,224 @@
+"""Drafts: what is guessed, when it pays, and that it changes nothing but the number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import Contexts, FakeVocabulary, alone, mixture, request
+from fixture_types import MakeContext
+from hypothesis import given
+from hypothesis import strategies as st
+
+from amulet_gguf.engine.drafts import MAX_DRAFT, Drafts, Source, Step, best_size
+from amulet_gguf.engine.engine import Engine
+from amulet_gguf.engine.generation import Generation, Request
+from amulet_gguf.llama.model import Model
+from amulet_gguf.method.mixture import Fade, Mixture
+from amulet_gguf.method.sampling import PLAIN, Sampler
+
+PAIR = [[2, 4, 5], [2, 4, 5, 6]]
+STEP = Step(rows=2, rows_each=2, n_others=0, limit=MAX_DRAFT, is_offloaded=False)
+
+
+def source(*text: int, min_match: int = 1, accepted: float = 1.0) -> Source:
+    return Source(np.array(text, np.int32), min_match=min_match, accepted=accepted)
+
+
+def run(asked: Request, **sizes: Any) -> tuple[Generation, list[int], int]:
+    """Return a generation, what it wrote, and in how many steps."""
+    contexts = Contexts(**sizes)
+    engine = Engine(FakeVocabulary(), contexts)
+    generation = engine.submit(asked)
+    while engine.step():
+        pass
+    assert generation.error is None
+    tokens = [piece.token for piece in generation.pieces if piece.token is not None]
+    return generation, tokens, len(contexts.current.batches)
+
+
+# Guesses
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "guessed"),
+    [
+        ([1, 2, 3, 4, 5], [9, 2], [3, 4, 5]),
+        ([1, 2, 3, 1, 2, 4], [1, 2], [4]),  # of two, the last
+        ([7, 1, 2, 3, 8, 1, 2, 4], [7, 1, 2], [3, 8, 1]),  # but rather the longest
+        ([1, 2, 3], [3], []),  # nothing follows
+        ([1, 2, 3], [4], []),
+        ([1, 2, 3], [], []),
+    ],
+)
+def test_what_followed_before_is_guessed_to_follow_again(
+    text: list[int], written: list[int], guessed: list[int]
+) -> None:
+    assert source(*text).propose(written, 3) == guessed
+
+
+def test_an_old_answer_is_guessed_from_its_beginning() -> None:
+    assert source(5, 6, 7, min_match=0).propose([], 2) == [5, 6]
+
+
+def test_a_short_match_may_be_too_little() -> None:
+    text = (1, 2, 3, 4, 5)
+    assert source(*text, min_match=3).propose([9, 2, 3], 2) == []
+    assert source(*text, min_match=3).propose([1, 2, 3], 2) == [4, 5]
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.integers(1, 4), st.integers(0, 3))
+def test_more_is_guessed_of_whoever_is_right_more_often(
+    one: float, other: float, is_offloaded: bool, rows: int, n_others: int
+) -> None:
+    step = Step(rows, rows, n_others, MAX_DRAFT, is_offloaded)
+    low, high = sorted((one, other))
+    assert best_size(low, step) <= best_size(high, step)
+    assert best_size(0.0, step) == 0
+    assert best_size(1.0, replace(step, limit=2)) <= 2
+    assert best_size(low, step) <= best_size(low, replace(step, is_offloaded=True))
+
+
+def test_who_is_always_wrong_is_hardly_asked_and_gets_another_chance() -> None:
+    it = source(*range(1, 12), accepted=0.9)
+    drafts, sizes = Drafts([it]), []
+    for _ in range(200):
+        sizes.append(len(drafts.propose([1], STEP)))
+        if sizes[-1]:
+            drafts.told(0)
+    assert sizes[0] > 1
+    assert 1 <= sum(map(bool, sizes[20:])) <= 7
+    assert max(sizes[20:]) == 1
+    for _ in range(400):
+        size = len(drafts.propose([1], STEP))
+        if size:
+            drafts.told(size)
+    assert it.accepted > 0.9
+
+
+def test_the_next_source_is_asked_where_the_first_has_nothing() -> None:
+    first, second = source(8, 9), source(1, 2, 3)
+    drafts = Drafts([first, second])
+    assert drafts.propose([1], STEP) == [2, 3]
+    drafts.told(0)
+    assert first.accepted == 1.0
+    assert second.accepted < 1.0
+
+
+# What is written
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+@pytest.mark.parametrize("strength", [0.0, 1.0, 3.0])
+def test_a_right_draft_saves_steps_and_a_wrong_one_changes_nothing(
+    seed: int | None, strength: float
+) -> None:
+    asked = request(PAIR, strength=strength, seed=seed, max_tokens=30)
+    tokens, reason = alone(asked, seed)
+    assert len(tokens) > 5
+    n_steps = {}
+    for kind, text in (("right", tokens), ("wrong", [4] * 40), ("none", [])):
+        drafts = Drafts([source(*text, min_match=0)]) if text else None
+        again = request(PAIR, strength=strength, seed=seed, max_tokens=30, drafts=drafts)
+        generation, written, n_steps[kind] = run(again, n_batch=40)
+        assert (written, generation.finish_reason) == (tokens, reason)
+        assert generation.n_right <= generation.n_guessed
+    assert n_steps["right"] < n_steps["wrong"] <= n_steps["none"]  # "wrong" guesses right at times
+    assert n_steps["right"] <= 2 + len(tokens) // 4
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 9))
+@pytest.mark.parametrize("n_ctx", [8, 64])
+def test_guesses_stay_within_the_limits(max_tokens: int, n_ctx: int) -> None:
+    tokens, _ = alone(request(PAIR, max_tokens=30))
+    asked = request(PAIR, max_tokens=max_tokens, drafts=Drafts([source(*tokens, min_match=0)]))
+    expected = alone(request(PAIR, max_tokens=max_tokens), n_ctx=n_ctx)
+    generation, written, _ = run(asked, n_batch=40, n_ctx=n_ctx)
+    assert (written, generation.finish_reason) == expected
+
+
+def test_a_stop_string_ends_an_answer_in_the_middle_of_a_draft() -> None:
+    tokens, _ = alone(request(PAIR, max_tokens=30))
+    stop = FakeVocabulary().token_bytes(tokens[3]).decode("utf-8", "replace")
+    expected = alone(request(PAIR, stop=[stop]))
+    drafts = Drafts([source(*tokens, min_match=0)])
+    generation, written, _ = run(request(PAIR, stop=[stop], drafts=drafts), n_batch=40)
+    assert (written, generation.finish_reason) == expected
+
+
+def test_each_place_of_a_draft_has_its_own_strength() -> None:
+    fade = Fade(3.0, 1.0, 2.0)  # the base is needed at first, and then no more
+
+    def fading() -> Mixture:
+        return Mixture([-2.0, 3.0], [0.0, 1.0], 0.3, fade=fade, at=lambda s: [1 - s, s])
+
+    plain = replace(request(PAIR, max_tokens=18), mixture=fading())
+    _, tokens, _ = run(plain, n_batch=40)
+    assert len(tokens) == 18
+    drafts = Drafts([source(*tokens, min_match=0)])
+    generation, again, n_steps = run(replace(plain, mixture=fading(), drafts=drafts), n_batch=40)
+    assert again == tokens
+    assert n_steps < 8
+    assert generation.n_right > 10
+
+
+def test_where_a_branch_is_needed_that_was_not_read_the_draft_ends() -> None:
+    rising = Fade(1.0, 0.0, 0.5)  # from the preference alone to the base: both are needed between
+
+    def mixed() -> Mixture:
+        return Mixture([0.0, 1.0], [0.0, 1.0], fade=rising, at=lambda s: [1 - s, s])
+
+    plain = replace(request(PAIR, max_tokens=12), mixture=mixed())
+    _, tokens, _ = run(plain, n_batch=40)
+    drafts = Drafts([source(*tokens, min_match=0)])
+    _, again, _ = run(replace(plain, mixture=mixed(), drafts=drafts), n_batch=40)
+    assert again == tokens
+
+
+def test_a_model_that_cannot_take_tokens_back_gets_no_draft() -> None:
+    tokens, _ = alone(request(PAIR, max_tokens=30))
+
+    class Recurrent(Contexts):
+        def __call__(self, n_sequences: int) -> Any:
+            context = super().__call__(n_sequences)
+            context.can_truncate = False
+            return context
+
+    engine = Engine(FakeVocabulary(), Recurrent(n_batch=40))
+    asked = request(PAIR, max_tokens=30, drafts=Drafts([source(*tokens, min_match=0)]))
+    generation = engine.submit(asked)
+    while engine.step():
+        pass
+    assert generation.n_guessed == 0
+    assert [piece.token for piece in generation.pieces if piece.token is not None] == tokens
+
+
+def test_real_models_write_the_same(any_model: Model, make_context: MakeContext) -> None:
+    story = "the people of the old house by the sea were learning to read and write. " * 3
+    branches = [any_model.tokenize(story + "and"), any_model.tokenize(story + "but")]
+    found: list[tuple[list[int], Generation]] = []
+    for kind in ("none", "right", "at hand"):
+        for temperature in (0.0, 1.0):
+            drafts = None
+            if kind == "right":
+                drafts = Drafts([source(*found[int(temperature)][0], min_match=0)])
+            elif kind == "at hand":
+                drafts = Drafts([source(*branches[1], min_match=1)])
+            sampler = Sampler(PLAIN.replace(temperature=temperature, seed=3))
+            acting = mixture(2, 2.0, 0.1)
+            asked = Request(branches, acting, sampler, max_tokens=40, drafts=drafts)
+            engine = Engine(
+                any_model,
+                lambda n: make_context(any_model, n, n_ctx=512, n_batch=256, n_outputs=16),
+                2,
+            )
+            generation = engine.submit(asked)
+            while engine.step():
+                pass
+            tokens = [p.token for p in generation.pieces if p.token is not None]
+            found.append((tokens, generation))
+    for i, (tokens, generation) in enumerate(found):
+        assert tokens == found[i % 2][0]
+        assert generation.n_guessed == 0 or i >= 2
