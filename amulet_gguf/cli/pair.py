@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from amulet_gguf.taste.taste import Candidate, Choice
 
@@ -12,8 +13,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from amulet_gguf.amulet import Amulet
+    from amulet_gguf.engine.answer import Piece
     from amulet_gguf.settings import Settings
     from amulet_gguf.taste.taste import Taste
+
+
+_WORTH_TELLING: Final = 0.15  # sureness
+_N_TOLD: Final = 3
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,13 @@ def write_pair(
     prefer = dict(zip("AB", taste.pair(), strict=True))
     methods = {name: settings.replace(prefer=text or None) for name, text in prefer.items()}
     with Columns(console, {name: name for name in prefer}, marks=False) as columns:
-        answers = amulet.compare(None, methods, columns.add, messages=messages)
+
+        def add(name: str, piece: Piece) -> None:
+            if piece.finish_reason == "length":
+                piece = dataclasses.replace(piece, text=f"{piece.text} […]")
+            columns.add(name, piece)
+
+        answers = amulet.compare(None, methods, add, messages=messages)
     texts = [answer.text for answer in answers.values()]
     features = features_of(amulet, taste, with_system(settings.system, messages), texts)
     candidates = {
@@ -103,13 +115,11 @@ def features_of(
 
 
 def told(taste: Taste) -> str:
-    """Return what was learned in a line: "7 choices: concise:0.62, formal:-0.38"."""
+    """Return what is known in a line: "7 choices: you seem to like formal (62 %)"."""
     from amulet_gguf.cli.terminal import printable
 
     n = len(taste.choices)
-    found = ", ".join(f"{each.name}:{each.weight:g}" for each in taste.preferences())
-    if not found and n:
-        first = taste.weights()[0]
-        likely = f"{'' if first.mean > 0 else 'not '}{first.name}"
-        found = f"nothing is sure yet, {likely} at {first.sureness:.0%}"
-    return printable(f"{n} choice{'' if n == 1 else 's'}: {found or 'nothing yet'}")
+    likely = [each for each in taste.weights() if each.sureness >= _WORTH_TELLING][:_N_TOLD]
+    parts = [f"{'' if w.mean > 0 else 'not '}{w.name} ({w.sureness:.0%})" for w in likely]
+    found = f"you seem to like {', '.join(parts)}" if parts and n else "nothing is known yet"
+    return printable(f"{n} choice{'' if n == 1 else 's'}: {found}")

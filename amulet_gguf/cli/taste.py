@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from amulet_gguf.taste.taste import Taste
 
 _MAX_TOKENS: Final = 100
+_ENOUGH: Final = 20  # choices: see evaluation/README.md
 _EVERYDAY: Final = (
     "How do I begin to run when I have not moved for years?",
     "Explain why the sky is blue.",
@@ -100,6 +101,7 @@ def taste(
         return
 
     from amulet_gguf.cli.pair import told
+    from amulet_gguf.cli.terminal import printable
     from amulet_gguf.evaluation.questions import sample_questions
     from amulet_gguf.evaluation.reading import preferred_pairs
 
@@ -116,7 +118,10 @@ def taste(
             _ask(amulet, found, settings, messages)
     click.echo(told(found), err=True)
     if found.preferences():
-        click.echo(f"amulet chat --profile {name}", err=True)
+        kept = ", ".join(f"{each.name}:{each.weight:g}" for each in found.preferences())
+        click.echo(printable(f"profile {name}: {kept}. Use it: amulet chat --profile {name}"), err=True)
+    else:
+        click.echo("that is not sure enough for a profile: choose some more", err=True)
 
 
 def _ask(amulet: Amulet, taste: Taste, settings: Settings, messages: Iterator[str]) -> None:
@@ -126,7 +131,11 @@ def _ask(amulet: Amulet, taste: Taste, settings: Settings, messages: Iterator[st
     from amulet_gguf.cli.pair import told, write_pair
 
     console = Console(highlight=False, markup=False, emoji=False)
-    click.echo("Which answer do you like better? Ctrl-D ends.", err=True)
+    click.echo(
+        "Which answer do you like better? It is the style that counts: small models err. "
+        f"After some {_ENOUGH} choices much is known; Ctrl-D ends, and nothing is lost.",
+        err=True,
+    )
     for message in messages:
         asked = [{"role": "user", "content": message}]
         pair = write_pair(console, amulet, taste, asked, settings)

@@ -33,7 +33,9 @@ def test_choices_are_kept_and_a_second_run_goes_on() -> None:
     options = ["mine", "-n", "6", "--strength", "3", "--prefer", "Answer like an old sailor."]
     first = taste(*options, said="What is rain?\nno\na\n")
     assert first.exit_code == 0
-    assert "1 choice: " in first.stderr
+    assert "1 choice: you seem to like " in first.stderr
+    assert "not sure enough for a profile" in first.stderr
+    assert first.stdout.count("[…]") == 2  # both were cut
     assert first.stdout.count("─") > 20  # the columns, and nothing that was said, are on stdout
     assert "Your message" not in first.stdout
     second = taste(*options, said="\nB\n\n=\n")
