@@ -216,7 +216,7 @@ class _Worker:
 
     def load(self, path: str, size: int, options: dict[str, Any], n_neighbours: int) -> str | None:
         """Load the model; return what is wrong with it, or None. Errors cross as text alone."""
-        from amulet_gguf.llama.context import default_threads
+        from amulet_gguf.llama.threads import default_threads
         from amulet_gguf.service.service import AmuletService
 
         n_threads = options["n_threads"] or max(1, default_threads() // n_neighbours)

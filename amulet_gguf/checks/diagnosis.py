@@ -94,7 +94,7 @@ def _offload() -> Check:
 
 
 def _threads() -> Check:
-    from amulet_gguf.llama.context import default_threads
+    from amulet_gguf.llama.threads import default_threads
 
     threads = default_threads()
     spin = os.environ.get("GOMP_SPINCOUNT", "")

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 
 import numpy as np
-import psutil
 
 from amulet_gguf.errors import ClosedError, EngineError, SettingError
 from amulet_gguf.llama.memory import check_cache
 from amulet_gguf.llama.model import Model, because, can_offload, lib, recent_errors
 from amulet_gguf.llama.state import fit_streams
+from amulet_gguf.llama.threads import Threads, default_threads, times
 from amulet_gguf.method.arrays import Float32Array, Tokens
-
-
-def default_threads() -> int:
-    """Return the number of physical cores this process may use."""
-    physical: int = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        physical = min(physical, len(os.sched_getaffinity(0)))
-    return max(1, physical)
 
 
 def max_sequences() -> int:
@@ -62,7 +53,7 @@ class Context:
             n_sequences: from 1 to `max_sequences()`.
             n_batch: rows per decode, at least n_sequences. None: 512 on a GPU, else 128, with which a
                 CPU is as fast, needs less memory, and answers to an interruption sooner.
-            n_threads: None: `default_threads()`.
+            n_threads: None: `default_threads()`, and fewer while other programs are busy.
             n_outputs: rows of logits that one decode can give; each takes V * 4 bytes. None: one per
                 sequence.
 
@@ -113,6 +104,9 @@ class Context:
                 f"llama.cpp could not make a context of {n_sequences} x {n_ctx} tokens"
                 f"{because()}: lower n_ctx or the number of preferences"
             )
+        # A number that somebody chose stays; on a GPU, the process waits.
+        watches = n_threads is None and not is_offloaded and self.n_threads > 1
+        self._watch = Threads(self.n_threads) if watches else None
         self._finalizer = weakref.finalize(self, lib.llama_free, self._context)
         self._cache = lib.llama_get_memory(self._context)
         self.n_ctx = int(lib.llama_n_ctx_seq(self._context))
@@ -227,7 +221,13 @@ class Context:
         self._n_rows = self._n_outputs = 0
         self._batch.n_tokens = n_rows
         recent_errors.clear()
+        start, computed = times()
         code = lib.llama_decode(self._context, self._batch)
+        if self._watch is not None:
+            now, by_now = times()
+            if self._watch.note(now - start, by_now - computed, now):
+                self.n_threads = self._watch.n
+                lib.llama_set_n_threads(self._context, self.n_threads, self.n_threads)
         if code != 0:
             for sequence in np.unique(self._sequences[:n_rows]).tolist():
                 self.free(sequence)

@@ -25,7 +25,7 @@ from amulet_gguf.errors import (
     SettingError,
 )
 from amulet_gguf.llama import model as llama
-from amulet_gguf.llama.context import Context, default_threads
+from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
 
@@ -295,8 +295,9 @@ PRELUDE = """
 import sys
 import numpy as np
 from amulet_gguf.errors import AmuletError
-from amulet_gguf.llama.context import Context, default_threads
+from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
+from amulet_gguf.llama.threads import default_threads
 model = Model(sys.argv[1])
 context = Context(model, n_ctx=256, n_sequences=2, n_threads=1)
 try:
@@ -445,10 +446,6 @@ def test_messages_of_llama_cpp_are_given_in_one_line(
     assert "\n" not in str(caught.value)
     context.add(0, tokens(40), output=True)
     assert np.isfinite(context.decode()).all()
-
-
-def test_threads_never_outnumber_cores() -> None:
-    assert 1 <= default_threads() <= (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no")])
