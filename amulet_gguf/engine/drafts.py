@@ -20,6 +20,7 @@ from amulet_gguf.method.arrays import Tokens
 MAX_DRAFT: Final = 7
 #: Rows of logits that a context makes for them; each takes V * 4 bytes.
 N_OUTPUTS: Final = 2 * (1 + MAX_DRAFT)
+_MIN_MATCH: Final = 3  # tokens: after fewer, what followed before seldom follows again
 _MAX_MATCH: Final = 8  # tokens: a longer match says no more
 _MEMORY: Final = 0.8  # of what share was accepted, per draft
 _PROBE: Final = 32  # tokens after which a source that was wrong may guess one again
@@ -55,16 +56,20 @@ class Source:
         accepted: share of guesses that were right, of late.
     """
 
-    def __init__(self, text: Tokens, *, min_match: int, accepted: float) -> None:
+    def __init__(
+        self, text: Tokens, *, min_match: int, accepted: float, is_answer: bool = False
+    ) -> None:
         """Look tokens up in a text.
 
         Args:
             text: (n,) int32.
-            min_match: tokens that must be the same before what follows is a guess.
+            min_match: tokens, at least 1, that must be the same before what follows is a guess.
             accepted: share of guesses to expect before any was made.
+            is_answer: its beginning is a guess for the beginning.
         """
         self._text = text
         self._min_match = min_match
+        self._is_answer = is_answer
         self.accepted = accepted
 
     def propose(self, written: Sequence[int], n: int) -> list[int]:
@@ -73,10 +78,10 @@ class Source:
         Of several matches the longest counts, and of those the last.
         """
         if not written:
-            return self._text[:n].tolist() if self._min_match == 0 else []
+            return self._text[:n].tolist() if self._is_answer else []
         text = self._text
         ends = np.flatnonzero(text[:-1] == written[-1])
-        best, best_size = -1, max(1, self._min_match) - 1
+        best, best_size = -1, self._min_match - 1
         for end in ends[::-1].tolist():
             size = 1
             while (
@@ -125,9 +130,9 @@ class Drafts:
     def of(cls, prompt: Tokens, answer: Tokens | None) -> Drafts:
         """Guess from an answer to the same messages, if there is one, and from the prompt: who rewrites
         or sums up a text repeats it."""
-        sources = [Source(prompt, min_match=3, accepted=0.5)]
+        sources = [Source(prompt, min_match=_MIN_MATCH, accepted=0.5)]
         if answer is not None:
-            sources.insert(0, Source(answer, min_match=0, accepted=0.8))
+            sources.insert(0, Source(answer, min_match=_MIN_MATCH, accepted=0.8, is_answer=True))
         return cls(sources)
 
     def propose(self, written: Sequence[int], step: Step) -> list[int]:

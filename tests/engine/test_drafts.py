@@ -23,8 +23,9 @@ PAIR = [[2, 4, 5], [2, 4, 5, 6]]
 STEP = Step(rows=2, rows_each=2, n_others=0, limit=MAX_DRAFT, is_offloaded=False)
 
 
-def source(*text: int, min_match: int = 1, accepted: float = 1.0) -> Source:
-    return Source(np.array(text, np.int32), min_match=min_match, accepted=accepted)
+def source(*text: int, min_match: int = 1, accepted: float = 1.0, is_answer: bool = False) -> Source:
+    tokens = np.array(text, np.int32)
+    return Source(tokens, min_match=min_match, accepted=accepted, is_answer=is_answer)
 
 
 def run(asked: Request, **sizes: Any) -> tuple[Generation, list[int], int]:
@@ -60,7 +61,7 @@ def test_what_followed_before_is_guessed_to_follow_again(
 
 
 def test_an_old_answer_is_guessed_from_its_beginning() -> None:
-    assert source(5, 6, 7, min_match=0).propose([], 2) == [5, 6]
+    assert source(5, 6, 7, is_answer=True).propose([], 2) == [5, 6]
 
 
 def test_a_short_match_may_be_too_little() -> None:
@@ -120,7 +121,7 @@ def test_a_right_draft_saves_steps_and_a_wrong_one_changes_nothing(
     assert len(tokens) > 5
     n_steps = {}
     for kind, text in (("right", tokens), ("wrong", [4] * 40), ("none", [])):
-        drafts = Drafts([source(*text, min_match=0)]) if text else None
+        drafts = Drafts([source(*text, is_answer=True)]) if text else None
         again = request(PAIR, strength=strength, seed=seed, max_tokens=30, drafts=drafts)
         generation, written, n_steps[kind] = run(again, n_batch=40)
         assert (written, generation.finish_reason) == (tokens, reason)
@@ -133,7 +134,7 @@ def test_a_right_draft_saves_steps_and_a_wrong_one_changes_nothing(
 @pytest.mark.parametrize("n_ctx", [8, 64])
 def test_guesses_stay_within_the_limits(max_tokens: int, n_ctx: int) -> None:
     tokens, _ = alone(request(PAIR, max_tokens=30))
-    asked = request(PAIR, max_tokens=max_tokens, drafts=Drafts([source(*tokens, min_match=0)]))
+    asked = request(PAIR, max_tokens=max_tokens, drafts=Drafts([source(*tokens, is_answer=True)]))
     expected = alone(request(PAIR, max_tokens=max_tokens), n_ctx=n_ctx)
     generation, written, _ = run(asked, n_batch=40, n_ctx=n_ctx)
     assert (written, generation.finish_reason) == expected
@@ -143,7 +144,7 @@ def test_a_stop_string_ends_an_answer_in_the_middle_of_a_draft() -> None:
     tokens, _ = alone(request(PAIR, max_tokens=30))
     stop = FakeVocabulary().token_bytes(tokens[3]).decode("utf-8", "replace")
     expected = alone(request(PAIR, stop=[stop]))
-    drafts = Drafts([source(*tokens, min_match=0)])
+    drafts = Drafts([source(*tokens, is_answer=True)])
     generation, written, _ = run(request(PAIR, stop=[stop], drafts=drafts), n_batch=40)
     assert (written, generation.finish_reason) == expected
 
@@ -157,7 +158,7 @@ def test_each_place_of_a_draft_has_its_own_strength() -> None:
     plain = replace(request(PAIR, max_tokens=18), mixture=fading())
     _, tokens, _ = run(plain, n_batch=40)
     assert len(tokens) == 18
-    drafts = Drafts([source(*tokens, min_match=0)])
+    drafts = Drafts([source(*tokens, is_answer=True)])
     generation, again, n_steps = run(replace(plain, mixture=fading(), drafts=drafts), n_batch=40)
     assert again == tokens
     assert n_steps < 8
@@ -172,7 +173,7 @@ def test_where_a_branch_is_needed_that_was_not_read_the_draft_ends() -> None:
 
     plain = replace(request(PAIR, max_tokens=12), mixture=mixed())
     _, tokens, _ = run(plain, n_batch=40)
-    drafts = Drafts([source(*tokens, min_match=0)])
+    drafts = Drafts([source(*tokens, is_answer=True)])
     _, again, _ = run(replace(plain, mixture=mixed(), drafts=drafts), n_batch=40)
     assert again == tokens
 
@@ -187,7 +188,7 @@ def test_a_model_that_cannot_take_tokens_back_gets_no_draft() -> None:
             return context
 
     engine = Engine(FakeVocabulary(), Recurrent(n_batch=40))
-    asked = request(PAIR, max_tokens=30, drafts=Drafts([source(*tokens, min_match=0)]))
+    asked = request(PAIR, max_tokens=30, drafts=Drafts([source(*tokens, is_answer=True)]))
     generation = engine.submit(asked)
     while engine.step():
         pass
@@ -203,7 +204,7 @@ def test_real_models_write_the_same(any_model: Model, make_context: MakeContext)
         for temperature in (0.0, 1.0):
             drafts = None
             if kind == "right":
-                drafts = Drafts([source(*found[int(temperature)][0], min_match=0)])
+                drafts = Drafts([source(*found[int(temperature)][0], is_answer=True)])
             elif kind == "at hand":
                 drafts = Drafts([source(*branches[1], min_match=1)])
             sampler = Sampler(PLAIN.replace(temperature=temperature, seed=3))

@@ -325,7 +325,7 @@ def drafts_of(kind: str, answer: list[int], branches: list[list[int]]) -> Drafts
         "at hand": [*branches[0], *answer[::-1]],
     }
     text = np.array(texts[kind], np.int32)
-    return Drafts([Source(text, min_match=0, accepted=1.0)]) if texts[kind] else None
+    return Drafts([Source(text, min_match=1, accepted=1.0, is_answer=True)]) if texts[kind] else None
 
 
 class Schedules(RuleBasedStateMachine):

@@ -68,7 +68,7 @@ def test_reuse_writes_what_reading_all_writes(
         expected = alone(one, n_ctx=96)[0]
         if is_drafted:  # some guesses right, some wrong: those must leave nothing cached
             text = np.array([token if i % 4 else 5 for i, token in enumerate(expected)], np.int32)
-            one = replace(one, drafts=Drafts([Source(text, min_match=0, accepted=1.0)]))
+            one = replace(one, drafts=Drafts([Source(text, min_match=1, accepted=1.0, is_answer=True)]))
         assert run(engine, one)[0] == expected
 
 
