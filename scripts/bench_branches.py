@@ -16,11 +16,11 @@ from amulet_gguf.settings import Settings
 
 STORY = "Write a long story about a lighthouse keeper and the sea, with many details, in ten paragraphs."
 TEXT = (
-    "The report is late because two of the people who were to write it have been ill since the beginning "
-    "of the month. We will send it on Friday. Do not call the office before then, as nobody can tell you "
-    "more. The numbers that you asked for in your letter of the third are attached; check them, and tell "
-    "us by Monday whether they are what you need. If they are not, we cannot help you before the end of "
-    "the year, when everybody is back and the books are closed."
+    "The report is late because two of the people who were to write it have been ill since the start of "
+    "the month. We will send it on Friday. Do not call the office before then, as nobody can tell you "
+    "more. The numbers that you asked for in your letter of the third are attached; check them, and "
+    "tell us by Monday whether they are what you need. If they are not, we cannot help you before the "
+    "end of the year, when everybody is back and the books are closed."
 )
 
 
