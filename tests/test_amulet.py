@@ -87,6 +87,23 @@ def test_strength_1_writes_what_ordinary_prompting_writes(amulet: Amulet) -> Non
 
 
 @pytest.mark.model
+def test_an_earlier_answer_saves_steps(amulet: Amulet, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(prefer="uplifting", strength=3, fade=0, max_tokens=24)
+    steps: list[bool] = []
+    step = amulet.engine.step
+
+    def counted() -> bool:
+        steps.append(step())
+        return steps[-1]
+
+    monkeypatch.setattr(amulet.engine, "step", counted)
+    first = amulet.generate(PROMPT, settings=settings)
+    n_plain = len(steps)
+    amulet.generate(PROMPT, settings=settings, draft=first.text)
+    assert len(steps) - n_plain < n_plain / 2
+
+
+@pytest.mark.model
 def test_a_preference_changes_the_answer_where_it_says_so(amulet: Amulet) -> None:
     prompted = amulet.generate(PROMPT, prefer="uplifting", strength=1, max_tokens=24)
     answer = amulet.generate(PROMPT, prefer="uplifting", strength=5.65, max_tokens=24)

@@ -385,7 +385,7 @@ def test_answers_in_pairs_teach_a_taste_and_the_chosen_one_is_gone_on_with(home:
         "/undo",
         "/better A",
         "/regen",
-        "/regen",
+        "/again",
         "/better =",
         "And ice?",
         "/ab off",

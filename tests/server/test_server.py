@@ -132,6 +132,23 @@ def test_the_npm_client_gets_the_same(server: Running, client: openai.OpenAI) ->
     until(lambda: is_free(server.service))
 
 
+def test_a_prediction_changes_no_answer(client: openai.OpenAI, http: httpx.Client) -> None:
+    asked: dict[str, Any] = {"model": "amulet", "messages": HI, "max_tokens": 24, "seed": 3}
+    plain = client.chat.completions.create(**asked).choices[0].message.content
+    assert plain
+    for predicted in (
+        plain,
+        plain[: len(plain) // 2] + " and more",
+        "",
+        [{"type": "text", "text": plain}],
+    ):
+        prediction: Any = {"type": "content", "content": predicted}
+        again = client.chat.completions.create(**asked, prediction=prediction)
+        assert again.choices[0].message.content == plain
+    wrong = http.post(CHAT, json={**ASKED, "prediction": {"type": "text", "content": "x"}})
+    assert wrong.status_code == 400
+
+
 def test_several_answers_have_their_own_seeds(client: openai.OpenAI) -> None:
     def ask(**more: Any) -> list[str]:
         found = client.chat.completions.create(model="amulet", **{**ASKED, **more})
@@ -486,10 +503,11 @@ def test_a_strength_changes_while_text_streams(server: Running, http: httpx.Clie
                 break
         assert chunk["choices"][0]["amulet"]["alternatives"]
         path = f"{CHAT}/{chunk['id']}"
-        changed = httpx.patch(server.url + path, json={"strength": 0})
-        assert changed.json() == {"id": chunk["id"], "strength": 0, "weights": [1.0, 0.5]}
+        changed = httpx.patch(server.url + path, json={"strength": 0.5})
+        assert changed.json() == {"id": chunk["id"], "strength": 0.5, "weights": [1.0, 0.5]}
         later = [each["choices"][0]["amulet"] for each in lines if "amulet" in each["choices"][0]]
-    # Strength 0 is the base: what follows is far from prompting, by the base's own probabilities.
+    # Half way to the base: what follows is away from prompting.
+    assert later[-1]["strength"] == 0.5
     assert later[-1]["divergence"] > 0
     assert http.patch(path, json={"strength": 2}).status_code == 404
     assert http.patch(f"{CHAT}/none", json={}).status_code == 404
