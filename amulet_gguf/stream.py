@@ -154,6 +154,8 @@ class AnswerStream(Iterator[Piece]):
     def adjust(self, strength: float | None = None, weights: Sequence[float] | None = None) -> None:
         """Change the strength, or the weights of the preferences, from the next token on.
 
+        That is the next one which no step has begun: with a draft, a step chooses up to eight.
+
         Args:
             weights: one for each preference, in their order.
 

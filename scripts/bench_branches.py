@@ -7,11 +7,15 @@ run, as time per token over that of the plain model; medians of the rounds.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import time
 
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.engine.generation import Request
+from amulet_gguf.llama.threads import default_threads
+from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings
 
 STORY = "Write a long story about a lighthouse keeper and the sea, with many details, in ten paragraphs."
@@ -24,22 +28,22 @@ TEXT = (
 )
 
 
-def timed(amulet: Amulet, prompt: str, settings: Settings, **options: object) -> tuple[float, str]:
-    """Return seconds per token of a whole answer, and its text."""
-    is_adjustable = bool(options.pop("is_adjustable", False))
-    draft = options.pop("draft", None)
+def timed(
+    amulet: Amulet,
+    prompt: str,
+    settings: Settings,
+    *,
+    is_adjustable: bool = False,
+    draft: str | None = None,
+) -> tuple[float, str]:
+    """Return seconds per token of a whole answer, without drafts unless there is one, and its text."""
+
+    def plan(planner: Planner, resolved: Settings) -> Request:
+        request = planner.request(prompt, None, resolved, is_adjustable=is_adjustable, draft=draft)
+        return request if draft is not None else dataclasses.replace(request, drafts=None)
+
     begin = time.perf_counter()
-    answer = amulet.start(
-        lambda planner, resolved: planner.request(
-            prompt,
-            None,
-            resolved,
-            is_adjustable=is_adjustable,
-            draft=None if draft is None else str(draft),
-        ),
-        settings,
-        is_adjustable=is_adjustable,
-    ).answer()
+    answer = amulet.start(plan, settings, is_adjustable=is_adjustable).answer()
     return (time.perf_counter() - begin) / len(answer.pieces), answer.text
 
 
@@ -106,7 +110,7 @@ def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else None
     n = int(sys.argv[2]) if len(sys.argv) > 2 else 200
     rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 3
-    with Amulet.load(model, n_ctx=2048, n_sequences=3) as amulet:
+    with Amulet.load(model, n_ctx=2048, n_sequences=3, n_threads=default_threads()) as amulet:
         print(
             f"{amulet.model.path.name}, {amulet.engine.n_threads} threads, answers of {n} tokens at most"
         )

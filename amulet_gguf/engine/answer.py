@@ -18,7 +18,8 @@ class Piece:
     Attributes:
         text: text that is now certain; may be empty, for characters and stop strings under way.
         token: the token's id; None where the answer ended without one.
-        changed: realignment put another token first here than ordinary prompting does.
+        changed: realignment put another token first here than ordinary prompting does; never at strength
+            0, where that is not computed.
         finish_reason: set on the last piece: "stop" (end of text, or a stop string), "length"
             (max_tokens or the context is used up), "cancelled".
         explanation: what realignment did here, where the request asked for it.

@@ -24,10 +24,9 @@ _MIN_MATCH: Final = 3  # tokens: after fewer, what followed before seldom follow
 _MAX_MATCH: Final = 8  # tokens: a longer match says no more
 _MEMORY: Final = 0.8  # of what share was accepted, per draft
 _PROBE: Final = 32  # tokens after which a source that was wrong may guess one again
-#: Time of a step by its rows, relative to one row: a CPU that computes two at the price of 1.75.
+#: Time of a step by its rows, relative to one row, on a CPU; a GPU gives rows away more cheaply.
 _ROWS: Final = (1.0, 2.0, 4.0, 8.0, 16.0)
-_CPU_TIMES: Final = (1.0, 1.75, 2.45, 4.2, 6.3)
-_GPU_TIMES: Final = (1.0, 1.05, 1.1, 1.2, 1.4)
+_TIMES: Final = (1.0, 1.75, 2.45, 4.2, 6.3)
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,12 @@ class Step:
     Attributes:
         rows: of the step without them.
         rows_each: that a guess adds.
-        n_others: generations that get a token of the step, too.
         limit: guesses that there is room for.
-        is_offloaded: a GPU computes it.
     """
 
     rows: int
     rows_each: int
-    n_others: int
     limit: int
-    is_offloaded: bool
 
 
 class Source:
@@ -54,6 +49,7 @@ class Source:
 
     Attributes:
         accepted: share of guesses that were right, of late.
+        n_silent: steps since it guessed.
     """
 
     def __init__(
@@ -71,6 +67,7 @@ class Source:
         self._min_match = min_match
         self._is_answer = is_answer
         self.accepted = accepted
+        self.n_silent = 0
 
     def propose(self, written: Sequence[int], n: int) -> list[int]:
         """Return at most n tokens that may follow what was written; none without a match.
@@ -106,14 +103,17 @@ def best_size(accepted: float, step: Step) -> int:
     Args:
         accepted: probability of each guess.
     """
-    times = _GPU_TIMES if step.is_offloaded else _CPU_TIMES
+    if step.rows > _ROWS[-1]:  # a prompt is read: nobody knows what more would cost
+        return 0
+
+    most = min(MAX_DRAFT, step.limit, (int(_ROWS[-1]) - step.rows) // step.rows_each)
 
     def rate(k: int) -> float:
-        tokens = step.n_others + sum(accepted**i for i in range(k + 1))
-        rows = min(step.rows + k * step.rows_each, _ROWS[-1])
-        return tokens / float(np.interp(math.log2(rows), np.log2(_ROWS), times))
+        tokens = sum(accepted**i for i in range(k + 1))
+        rows = step.rows + k * step.rows_each
+        return tokens / float(np.interp(math.log2(rows), np.log2(_ROWS), _TIMES))
 
-    return max(range(min(MAX_DRAFT, step.limit) + 1), key=rate)
+    return max(range(max(0, most) + 1), key=rate)
 
 
 class Drafts:
@@ -124,7 +124,6 @@ class Drafts:
         self._sources = sources
         self._asked: Source | None = None
         self._n_proposed = 0
-        self._n_silent = 0
 
     @classmethod
     def of(cls, prompt: Tokens, answer: Tokens | None) -> Drafts:
@@ -137,13 +136,14 @@ class Drafts:
 
     def propose(self, written: Sequence[int], step: Step) -> list[int]:
         """Return tokens that may come next; none where verifying them would not pay."""
-        self._n_silent += 1
         for source in self._sources:
+            source.n_silent += 1
             size = best_size(source.accepted, step)
-            if size == 0 and step.limit and self._n_silent >= _PROBE:
+            if size == 0 and step.limit and source.n_silent >= _PROBE:
                 size = 1
             if size and (guesses := source.propose(written, size)):
-                self._asked, self._n_proposed, self._n_silent = source, len(guesses), 0
+                source.n_silent = 0
+                self._asked, self._n_proposed = source, len(guesses)
                 return guesses
         self._asked = None
         return []

@@ -222,19 +222,21 @@ class Engine:
         context, live = self._sequences.context, self._sequences.live
         for generation in live:
             generation.split(context)
-        # Those who write come first, then prompts in the order of their coming. While anyone writes,
-        # prompts get half a batch: a step that is all prompt would hold every answer up for its time.
+        # Those who write come first, then what is to be read before a token, prompts and what branches
+        # have missed, in the order of their coming. While anyone writes, that gets half a batch: a step
+        # that only reads would hold every answer up for its time.
         chunks: dict[Generation, list[int]] = {}
         budget = context.room
-        by_age = sorted(live, key=lambda g: g.submitted_at)
-        for generation in by_age:
-            if generation.n_tokens > 0:
+        reading = []
+        for generation in sorted(live, key=lambda g: g.submitted_at):
+            if generation.is_behind:
+                reading.append(generation)
+            else:
                 chunks[generation] = generation.chunks(budget)
                 budget -= sum(chunks[generation])
         budget -= self._fill_gaps(chunks, budget)
-        reading = [g for g in by_age if g.n_tokens == 0]
         if chunks and reading:
-            enough = max(g.n_branches for g in reading)  # to finish a prompt with
+            enough = max(g.n_branches for g in reading)  # to finish with
             budget = min(budget, max(enough, context.room // 2))
         for generation in reading:
             chunks[generation] = generation.chunks(budget)
@@ -243,20 +245,16 @@ class Engine:
         return [g for g in live if g.add_rows(context, chunks[g])]
 
     def _guess(self, chunks: dict[Generation, list[int]]) -> None:
-        """Have what drafts propose verified in the rows, and outputs, that are left."""
+        """Have what drafts propose verified, where one answer is written alone: sequences of unequal
+        numbers of rows cost llama.cpp several passes over the weights."""
         context = self._sequences.context
-        ready = [g for g, sizes in chunks.items() if g.is_ready(sizes)]
-        if not context.can_draft:
+        if len(chunks) != 1 or not context.can_draft:
             return
-        rows = sum(map(sum, chunks.values()))
-        n_outputs = sum(g.n_outputs for g in ready)
-        for generation in ready:
-            each = generation.n_outputs
-            room = min(context.room - rows, context.n_outputs - n_outputs)
-            step = Step(rows, each, len(ready) - 1, room // each, context.is_offloaded)
-            added = generation.guess(step, context.n_ctx)
-            rows += added
-            n_outputs += added
+        ((generation, sizes),) = chunks.items()
+        if generation.is_ready(sizes):
+            rows, each = sum(sizes), generation.n_outputs
+            room = min(context.room - rows, context.n_outputs - each)
+            generation.guess(Step(rows, each, room // each), context.n_ctx)
 
     def _fill_gaps(self, chunks: dict[Generation, list[int]], budget: int) -> int:
         """Let branches that are left behind between others read a token along; return how many do.

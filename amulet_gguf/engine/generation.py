@@ -44,8 +44,6 @@ class Context(Protocol):
     def can_draft(self) -> bool: ...
     @property
     def n_outputs(self) -> int: ...
-    @property
-    def is_offloaded(self) -> bool: ...
     def copy(self, source: int, target: int) -> None: ...
     def truncate(self, sequence: int, length: int) -> None: ...
     def save(self, sequence: int) -> bytes: ...
@@ -103,7 +101,7 @@ class Generation:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.mixture = request.mixture
+        self.mixture = request.mixture.anew()
         self.pieces: deque[Piece] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
@@ -119,6 +117,7 @@ class Generation:
         self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
         self._needed = self.mixture.needed  # of its first token
         self._guesses: list[int] = []
+        self._n_at_once = 0  # tokens of the first step: they took no time of their own
         self._n_valid = 0  # tokens of the answer that are cached, and right
         self.n_guessed = self.n_right = 0
         self.first_sequence = -1  # its branches are neighbours from here on
@@ -132,8 +131,10 @@ class Generation:
         self._count_prefill()
 
     def _count_prefill(self) -> None:
-        self.n_prefill = self.n_shared + sum(
-            self.unread(branch) - self.n_shared for branch in self.mixture.needed
+        self.n_prefill = (
+            self.n_read
+            + self.n_shared
+            + sum(self.unread(branch) - self.n_shared for branch in self.mixture.needed)
         )
 
     @property
@@ -187,6 +188,11 @@ class Generation:
         else:
             self._n_cached[0] += n
 
+    @property
+    def is_behind(self) -> bool:
+        """It has more to read before its next token than the last one."""
+        return self.n_tokens == 0 or any(self.unread(branch) > 1 for branch in self.mixture.needed)
+
     def split(self, context: Context) -> None:
         """Give the prefix that was read once to all branches, when it has been read."""
         if not self._is_split and self.n_shared == 0:
@@ -203,6 +209,8 @@ class Generation:
         """
         self._acting, self._guesses = self.mixture, []
         self._needed = self._acting.needed
+        if self.n_tokens == 0:  # the dial may have moved
+            self._count_prefill()
         chunks = [0] * self.n_branches
         if self.n_shared:
             chunks[0] = min(self.n_shared, budget)
@@ -240,15 +248,14 @@ class Generation:
             chunks[branch] == self.unread(branch) for branch in self._needed
         )
 
-    def guess(self, step: Step, n_ctx: int) -> int:
-        """Have guesses verified in the step that is ready; return how many rows they add."""
+    def guess(self, step: Step, n_ctx: int) -> None:
+        """Have guesses verified in the step that is ready."""
         request = self.request
         if request.drafts is not None:
             room = n_ctx - self.n_prompt - self.n_tokens
             limit = min(step.limit, request.max_tokens - self.n_tokens - 1, room)
             step = replace(step, limit=max(0, limit))
             self._guesses = request.drafts.propose(self._written, step)
-        return len(self._guesses) * len(self._needed)
 
     @property
     def n_outputs(self) -> int:
@@ -264,6 +271,7 @@ class Generation:
         """
         places = logits.reshape(len(self._needed), -1, logits.shape[1])
         before, n_right = self.n_tokens, 0
+        is_first = before == 0
         for place in range(places.shape[1]):
             needed = self._acting.needed
             if not set(needed) <= set(self._needed):  # it needs a branch that was not read
@@ -276,6 +284,8 @@ class Generation:
                 n_right = self.n_tokens - before  # the end of an answer is not written
             if self.is_finished or n_right <= place:
                 break
+        if is_first:
+            self._n_at_once = self.n_tokens
         if self._guesses:
             self.n_guessed += len(self._guesses)
             self.n_right += n_right
@@ -359,7 +369,8 @@ class Generation:
         started = self.started_at or self.submitted_at
         first = self.first_token_at or self.finished_at or started
         decode = (self.finished_at or first) - first
-        rate = (self.n_tokens - 1) / decode if decode > 0 and self.n_tokens > 1 else 0.0
+        later = self.n_tokens - self._n_at_once
+        rate = later / decode if decode > 0 and later > 0 else 0.0
         return Timings(started - self.submitted_at, first - started, decode, rate)
 
 

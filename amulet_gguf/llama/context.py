@@ -32,7 +32,6 @@ class Context:
         n_batch: rows one `decode` takes at most.
         n_threads: CPU threads of one `decode`.
         n_outputs: rows of logits that one `decode` can give.
-        is_offloaded: a GPU computes them.
     """
 
     def __init__(
@@ -113,7 +112,6 @@ class Context:
         self.n_sequences = n_sequences
         self.n_batch = int(lib.llama_n_batch(self._context))
         self.n_outputs = n_outputs
-        self.is_offloaded = is_offloaded
         self._lengths = [0] * n_sequences
 
         # llama.cpp reads the batch from these arrays; filling them by slices costs microseconds.

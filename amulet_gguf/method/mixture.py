@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,13 @@ class Mixture:
         self.withheld = withheld
         self._n_combined = 0
         self._next = self._last = self._token(self.fade.at(0), self.coefficients)
+
+    def anew(self) -> Mixture:
+        """Return the same mixture from its first token on."""
+        other = copy.copy(self)
+        other._n_combined = 0
+        other._next = other._last = other._token(self.fade.at(0), self.coefficients)
+        return other
 
     @property
     def needed(self) -> tuple[int, ...]:

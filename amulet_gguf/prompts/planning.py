@@ -87,12 +87,15 @@ class Planner:
             reuse=reuse,
             n_alternatives=n_alternatives,
             on_end=on_end,
-            drafts=self._drafts(branches, draft),
+            drafts=self._drafts(branches, draft, is_adjustable),
         )
 
-    def _drafts(self, branches: Sequence[Tokens], draft: str | None) -> Drafts | None:
+    def _drafts(
+        self, branches: Sequence[Tokens], draft: str | None, is_adjustable: bool
+    ) -> Drafts | None:
         prompt = max(branches, key=len)
-        if draft is None and len(prompt) < _MIN_AT_HAND:
+        # A dial acts on the next token, not on the next but seven, unless a draft was asked for.
+        if draft is None and (is_adjustable or len(prompt) < _MIN_AT_HAND):
             return None
         answer = None if draft is None else self._model.tokenize(draft, special=False)
         return Drafts.of(prompt, answer)

@@ -20,7 +20,7 @@ from amulet_gguf.method.mixture import Fade, Mixture
 from amulet_gguf.method.sampling import PLAIN, Sampler
 
 PAIR = [[2, 4, 5], [2, 4, 5, 6]]
-STEP = Step(rows=2, rows_each=2, n_others=0, limit=MAX_DRAFT, is_offloaded=False)
+STEP = Step(rows=2, rows_each=2, limit=MAX_DRAFT)
 
 
 def source(*text: int, min_match: int = 1, accepted: float = 1.0, is_answer: bool = False) -> Source:
@@ -70,16 +70,19 @@ def test_a_short_match_may_be_too_little() -> None:
     assert source(*text, min_match=3).propose([1, 2, 3], 2) == [4, 5]
 
 
-@given(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.integers(1, 4), st.integers(0, 3))
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 4), st.integers(0, MAX_DRAFT))
 def test_more_is_guessed_of_whoever_is_right_more_often(
-    one: float, other: float, is_offloaded: bool, rows: int, n_others: int
+    one: float, other: float, rows: int, limit: int
 ) -> None:
-    step = Step(rows, rows, n_others, MAX_DRAFT, is_offloaded)
+    step = Step(rows, rows, limit)
     low, high = sorted((one, other))
-    assert best_size(low, step) <= best_size(high, step)
+    assert best_size(low, step) <= best_size(high, step) <= limit
     assert best_size(0.0, step) == 0
-    assert best_size(1.0, replace(step, limit=2)) <= 2
-    assert best_size(low, step) <= best_size(low, replace(step, is_offloaded=True))
+
+
+@pytest.mark.parametrize("rows", [15, 16, 17, 64, 1000])
+def test_nothing_is_guessed_where_nobody_knows_what_it_would_cost(rows: int) -> None:
+    assert best_size(1.0, Step(rows, 2, MAX_DRAFT)) == 0
 
 
 def test_who_is_always_wrong_is_hardly_asked_and_gets_another_chance() -> None:
@@ -97,6 +100,15 @@ def test_who_is_always_wrong_is_hardly_asked_and_gets_another_chance() -> None:
         if size:
             drafts.told(size)
     assert it.accepted > 0.9
+
+
+def test_a_wrong_source_is_asked_again_beside_one_that_guesses() -> None:
+    wrong, right = source(*range(1, 12), accepted=0.0), source(*range(1, 12), accepted=1.0)
+    drafts = Drafts([wrong, right])
+    for _ in range(100):
+        n = len(drafts.propose([1], STEP))
+        drafts.told(0 if drafts._asked is wrong else n)
+    assert wrong.n_silent < 40
 
 
 def test_the_next_source_is_asked_where_the_first_has_nothing() -> None:
@@ -223,3 +235,5 @@ def test_real_models_write_the_same(any_model: Model, make_context: MakeContext)
     for i, (tokens, generation) in enumerate(found):
         assert tokens == found[i % 2][0]
         assert generation.n_guessed == 0 or i >= 2
+        if i in (2, 3) and make_context(any_model, 1).can_draft:
+            assert generation.n_right > 20

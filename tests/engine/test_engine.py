@@ -511,6 +511,49 @@ def test_more_than_a_batch_that_was_missed_is_read_in_several_steps() -> None:
     assert written(generation) == alone(asked, turns=[(n, mixture(2, 3.0))])
 
 
+def test_a_branch_that_catches_up_does_not_hold_up_others() -> None:
+    engine, _ = start(4, n_batch=8)
+    old = engine.submit(request([[2, 9, 5], [7, 8, 6]], strength=1.0, max_tokens=60))
+    while old.n_tokens < 25 and not old.is_finished:
+        engine.step()
+    assert not old.is_finished
+    young = engine.submit(request(PAIR, max_tokens=30))
+    while young.n_tokens == 0:
+        engine.step()
+    n_old, n_young = old.n_tokens, young.n_tokens
+    old.mixture = mixture(2, 3.0)
+    for _ in range(3):  # it has 28 tokens and more to read, and gets half a batch
+        engine.step()
+    assert old.n_tokens == n_old
+    assert young.n_tokens == n_young + 3 or young.is_finished
+    finish(engine)
+    assert old.n_tokens > n_old
+
+
+def test_what_is_left_to_read_follows_a_dial_that_moves_meanwhile() -> None:
+    engine, _ = start(n_batch=6)
+    generation = engine.submit(request([[4 + i % 7 for i in range(20)], [5] * 30], strength=1.0))
+    engine.step()
+    assert generation.n_prefill == 30
+    generation.mixture = mixture(2, 3.0)
+    engine.step()
+    assert generation.n_prefill == 50
+    while generation.n_tokens == 0:
+        engine.step()
+    assert generation.n_read == generation.n_prefill == 50
+
+
+def test_a_request_may_be_submitted_twice() -> None:
+    engine, _ = start(5)
+    fading = Mixture([-2.0, 3.0], [0.0, 1.0], fade=Fade(3.0, 0.0, 3.0), at=lambda s: [1 - s, s])
+    asked = replace(request(PAIR, max_tokens=9), mixture=fading)
+    first = engine.submit(asked)
+    finish(engine)
+    again = engine.submit(asked)
+    finish(engine)
+    assert written(first) == written(again)
+
+
 def test_a_preference_of_weight_0_is_read_when_it_is_raised() -> None:
     engine, contexts = start(3)
     asked = request([[2, 9, 5], [7, 8, 6], [4, 4, 10]], max_tokens=30)

@@ -66,7 +66,6 @@ class FakeContext:
     can_truncate: bool = True
     n_threads: int = 1
     n_outputs: int = 16
-    is_offloaded: bool = False
 
     def __post_init__(self) -> None:
         assert 1 <= self.n_sequences <= self.n_batch
