@@ -111,9 +111,8 @@ def main() -> None:
     n = int(sys.argv[2]) if len(sys.argv) > 2 else 200
     rounds = int(sys.argv[3]) if len(sys.argv) > 3 else 3
     with Amulet.load(model, n_ctx=2048, n_sequences=3, n_threads=default_threads()) as amulet:
-        print(
-            f"{amulet.model.path.name}, {amulet.engine.n_threads} threads, answers of {n} tokens at most"
-        )
+        threads = amulet.engine.chosen_threads
+        print(f"{amulet.model.path.name}, {threads} threads, answers of {n} tokens at most")
         branches(amulet, n, rounds)
         catch_up(amulet, min(n, 200))
         drafts(amulet, n, rounds)

@@ -112,7 +112,8 @@ def measure(
     """Measure with a loaded model.
 
     Args:
-        amulet: with a context of at least 512 tokens.
+        amulet: with a context of at least 512 tokens, and a chosen number of threads: those that follow
+            what is free would not be the same in all kinds of steps.
         rounds: measurements of each kind.
         progress: called with the rounds done and in all.
     """
@@ -121,7 +122,7 @@ def measure(
     resident = psutil.Process().memory_info().rss
 
     n_ctx = engine.n_ctx
-    with Context(model, n_ctx=n_ctx, n_sequences=3) as context:
+    with Context(model, n_ctx=n_ctx, n_sequences=3, n_threads=engine.chosen_threads) as context:
         steps = _Steps(model, engine, context)
         times = []
         for done in range(-2, rounds):  # the first two warm up

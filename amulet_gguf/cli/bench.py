@@ -27,9 +27,11 @@ def bench(
     """
     from amulet_gguf.checks.benchmark import measure
     from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.llama.threads import default_threads
 
     loading = loading_from(options)
-    loading = dataclasses.replace(loading, n_ctx=loading.n_ctx or 1024)
+    n_threads = loading.n_threads or default_threads()  # chosen, so that they stay while it measures
+    loading = dataclasses.replace(loading, n_ctx=loading.n_ctx or 1024, n_threads=n_threads)
     with (
         loaded(loading, n_sequences=2) as amulet,
         LateBar("Measuring") as bar,

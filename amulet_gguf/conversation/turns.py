@@ -7,7 +7,7 @@ turn reads it first, many tokens at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from amulet_gguf.amulet import Amulet
@@ -127,15 +127,23 @@ class Conversation(Generic[AnyStream]):
         self.pieces = []
 
     def save_cache(self) -> tuple[Encoded, bytes] | None:
-        """Return what is cached of the conversation, for `restore_cache`; None if nothing."""
-        if not self.messages:
-            return None
-        whole = self.amulet.planner.transcripts.whole(self._base())
-        saved = self.amulet.engine.save(whole.tokens)
-        if saved is None:
-            return None
-        tokens, data = saved
-        return Encoded(whole.text if len(tokens) == len(whole.tokens) else "", tokens), data
+        """Return what is cached of the conversation, for `restore_cache`; None if nothing.
+
+        That is all of it up to the end of an answer, if the base read so far: where the last answer did
+        not need it (strength 1), up to the one before.
+        """
+        transcripts, engine = self.amulet.planner.transcripts, self.amulet.engine
+        found = None
+        for end in self._ends():
+            whole = transcripts.whole(self._base(end))
+            saved = engine.save(whole.tokens)
+            if saved is None:
+                break
+            tokens, data = saved
+            found = Encoded(whole.text if len(tokens) == len(whole.tokens) else "", tokens), data
+            if len(tokens) >= len(whole.tokens) - 1:  # the last one was not read if it met the limit
+                break
+        return found
 
     def restore_cache(self, cached: Encoded, data: bytes) -> None:
         """Put back what `save_cache` returned, for the same messages and model.
@@ -145,15 +153,23 @@ class Conversation(Generic[AnyStream]):
         """
         self.amulet.engine.restore(cached.tokens, data)
         transcripts = self.amulet.planner.transcripts
-        if self.messages and transcripts.whole(self._base()).text == cached.text:
-            transcripts.learn(self._base(), cached)
+        for end in self._ends():
+            if transcripts.whole(self._base(end)).text == cached.text:
+                transcripts.learn(self._base(end), cached)
+                return
+
+    def _ends(self) -> Iterator[int]:
+        """Yield how many messages there are up to each answer, the last one first."""
+        for end in range(len(self.messages), 0, -1):
+            if self.messages[end - 1]["role"] == "assistant":
+                yield end
 
     def _with(self, text: str) -> list[dict[str, str]]:
         return [*self.messages, {"role": "user", "content": text}]
 
-    def _base(self) -> list[dict[str, str]]:
-        """Return the messages of the base branch, up to the last answer."""
-        *before, last = self.messages
+    def _base(self, end: int) -> list[dict[str, str]]:
+        """Return so many messages as the base branch has them; the last is an answer."""
+        *before, last = self.messages[:end]
         return [*self.amulet.planner.base(None, before, self.settings), last]
 
 

@@ -62,9 +62,9 @@ class Engine:
         return self._sequences.context.n_ctx
 
     @property
-    def n_threads(self) -> int:
-        """CPU threads of a step."""
-        return self._sequences.context.n_threads
+    def chosen_threads(self) -> int | None:
+        """CPU threads of a step that somebody chose; None: as many as are free."""
+        return self._sequences.context.chosen_threads
 
     @property
     def n_live(self) -> int:

@@ -31,6 +31,7 @@ class Context:
         n_sequences: how many there are; they are numbered from 0.
         n_batch: rows one `decode` takes at most.
         n_threads: CPU threads of one `decode`.
+        chosen_threads: the same if somebody chose them; None: they follow what is free.
         n_outputs: rows of logits that one `decode` can give.
     """
 
@@ -72,6 +73,7 @@ class Context:
         n_outputs = n_sequences if n_outputs is None else n_outputs
         if not n_sequences <= n_outputs <= n_batch:
             raise SettingError(f"n_outputs must be from {n_sequences} to {n_batch}, got {n_outputs}")
+        self.chosen_threads = n_threads
         self.n_threads = default_threads() if n_threads is None else n_threads
         if not 1 <= self.n_threads <= 1024:
             raise SettingError(f"n_threads must be from 1 to 1024, got {n_threads}")

@@ -52,7 +52,9 @@ def log_ratios(
     total = len(prompts) * len(answers)
     if n_ctx > amulet.engine.n_ctx:
         raise PromptTooLongError(n_ctx, amulet.engine.n_ctx)
-    with Likelihood(model, n_ctx=n_ctx, n_prompts=2, n_threads=amulet.engine.n_threads) as likelihood:
+    with Likelihood(
+        model, n_ctx=n_ctx, n_prompts=2, n_threads=amulet.engine.chosen_threads
+    ) as likelihood:
         plain: list[Float64Array] = []
         for column, prompt in enumerate(prompts, -1):
             for row, answer in enumerate(tokens):

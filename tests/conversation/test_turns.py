@@ -222,6 +222,24 @@ def test_a_saved_cache_saves_reading_in_another_process(amulet: Amulet, real_mod
             assert answer
 
 
+@pytest.mark.model
+@pytest.mark.parametrize("strength", [1.0, 3.0])
+def test_a_cache_is_saved_as_far_as_the_base_has_read(amulet: Amulet, strength: float) -> None:
+    conversation = Conversation(amulet, Settings(prefer="concise", strength=strength, max_tokens=12))
+    for text in (LONG, "And then?"):
+        ask(conversation, text)
+    saved = conversation.save_cache()
+    assert saved is not None
+    cached, _ = saved
+    first, second = (turn["content"] for turn in conversation.messages if turn["role"] == "assistant")
+    whole = amulet.planner.transcripts.whole(conversation.messages)
+    if strength == 1:  # the second answer did not need the base, which has not read it yet
+        assert first in cached.text
+        assert second not in cached.text
+    else:  # the last token met the limit, and was not read
+        assert len(cached.tokens) == len(whole.tokens) - 1
+
+
 # Explanations of answers
 
 

@@ -64,7 +64,7 @@ class FakeContext:
     error: BaseException | None = None
     is_closed: bool = False
     can_truncate: bool = True
-    n_threads: int = 1
+    chosen_threads: int | None = None
     n_outputs: int = 16
 
     def __post_init__(self) -> None:
