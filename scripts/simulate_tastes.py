@@ -18,13 +18,14 @@ import argparse
 import itertools
 import json
 import random
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.engine.likelihood import result
 from amulet_gguf.home.files import write_atomically
 from amulet_gguf.method.arrays import Float64Array
 from amulet_gguf.preferences import PRESETS
@@ -32,7 +33,6 @@ from amulet_gguf.settings import Settings
 from amulet_gguf.taste.features import log_ratios
 from amulet_gguf.taste.taste import Candidate, Choice, Taste
 
-T = TypeVar("T")
 N_CHOOSE, N_TRY, N_TOKENS = 24, 8, 100
 _AT_ONCE: Final = 9
 COUNTS: Final = (3, 5, 10, 20, 40)
@@ -88,16 +88,6 @@ class Answers:
 
 def _key(question: str, weights: dict[str, float]) -> str:
     return json.dumps([question, weights], ensure_ascii=False)
-
-
-def result(reading: Generator[object, None, T]) -> T:
-    """Return what a generator returns."""
-    while True:
-        try:
-            next(reading)
-        except StopIteration as done:  # noqa: PERF203
-            found: T = done.value
-            return found
 
 
 def style(features: Float64Array) -> Float64Array:

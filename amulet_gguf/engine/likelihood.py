@@ -61,7 +61,7 @@ class Likelihood:
         Raises:
             PromptTooLongError: together they do not fit.
         """
-        return _result(self.reading(prompt, answer))
+        return result(self.reading(prompt, answer))
 
     def reading(self, prompt: Tokens, answer: Tokens) -> Generator[None, None, Float64Array]:
         """As `log_likelihood`, a decode at a time: for who has others to serve between."""
@@ -87,7 +87,7 @@ class Likelihood:
             PromptTooLongError: it does not fit.
         """
         self._check(len(prompt))
-        self._context.copy(_result(self._read(prompt[:-1])), self._work)
+        self._context.copy(result(self._read(prompt[:-1])), self._work)
         self._context.add(self._work, prompt[-1:], output=True)
         row: Float32Array = self._context.decode()[-1]
         return row
@@ -125,8 +125,8 @@ class Likelihood:
         return sequence
 
 
-def _result(work: Generator[object, None, T]) -> T:
-    """Return what a generator returns."""
+def result(work: Generator[object, None, T]) -> T:
+    """Do all of the work of a generator, and return what it returns."""
     while True:
         try:
             next(work)
