@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -69,3 +70,10 @@ def test_rooms_are_not_crowded() -> None:
     long = {name for name, path in MODULES.items() if len(path.read_text("utf-8").splitlines()) > 400}
     assert not long
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} <= set(FLOORS)
+
+
+def test_the_map_of_the_readme_shows_every_room_in_the_order_of_the_floors() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text("utf-8")
+    shown = re.findall(r"^\| `(\w+)/` \|", readme, re.MULTILINE)
+    rooms = [name for name in FLOORS if (PACKAGE / name).is_dir()]
+    assert shown == rooms

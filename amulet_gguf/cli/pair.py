@@ -103,15 +103,13 @@ def features_of(
 ) -> list[dict[str, float]]:
     """Return the features of answers, by attribute."""
     from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.engine.likelihood import result
     from amulet_gguf.taste.features import log_ratios
 
     reading = log_ratios(amulet, messages, texts, taste.attributes)
     with LateBar("Reading the answers") as bar:
-        while True:
-            try:
-                bar.update(*next(reading))
-            except StopIteration as done:  # noqa: PERF203
-                return [dict(zip(taste.attributes, row, strict=True)) for row in done.value.tolist()]
+        found = result(reading, lambda told: bar.update(*told))
+    return [dict(zip(taste.attributes, row, strict=True)) for row in found.tolist()]
 
 
 def told(taste: Taste) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -169,6 +168,8 @@ def _asked(questions: Sequence[str]) -> Iterator[str]:
 
 def _typed() -> Iterator[str]:
     """Yield messages that are typed, or that were suggested, until the end of input."""
+    import random  # not at the top: every command's start would pay for it
+
     everyday = list(_EVERYDAY)
     random.shuffle(everyday)
     for suggested in itertools.cycle(everyday):

@@ -271,7 +271,6 @@ class Generation:
         """
         places = logits.reshape(len(self._needed), -1, logits.shape[1])
         before, n_right = self.n_tokens, 0
-        is_first = before == 0
         for place in range(places.shape[1]):
             needed = self._acting.needed
             if not set(needed) <= set(self._needed):  # it needs a branch that was not read
@@ -284,7 +283,7 @@ class Generation:
                 n_right = self.n_tokens - before  # the end of an answer is not written
             if self.is_finished or n_right <= place:
                 break
-        if is_first:
+        if before == 0:
             self._n_at_once = self.n_tokens
         if self._guesses:
             self.n_guessed += len(self._guesses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Final, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from amulet_gguf.method.arrays import Float32Array, Float64Array, Tokens
 from amulet_gguf.method.sampling import log_sum
 
 T = TypeVar("T")
+Y = TypeVar("Y")
 _BATCH: Final = 128  # rows of logits that a decode gives
 
 
@@ -125,11 +126,15 @@ class Likelihood:
         return sequence
 
 
-def result(work: Generator[object, None, T]) -> T:
-    """Do all of the work of a generator, and return what it returns."""
+def result(work: Generator[Y, None, T], on_yield: Callable[[Y], object] = lambda _: None) -> T:
+    """Do all of the work of a generator, and return what it returns.
+
+    Args:
+        on_yield: called with what it yields on the way.
+    """
     while True:
         try:
-            next(work)
+            on_yield(next(work))
         except StopIteration as done:  # noqa: PERF203
             found: T = done.value
             return found

@@ -15,12 +15,10 @@ from amulet_gguf.llama.gguf import Header, parts, read_header, shown
 DEFAULT_N_CTX: Final = 4096
 #: The smallest context; all are a multiple of it.
 MIN_N_CTX: Final = 256
-# Python, numba and LLVM take 110 MB. The rest was fitted to what `amulet bench` measured: 183 MB beyond
-# model and cache with V = 49,152, and 242 MB with V = 151,936.
-_BASE: Final = 155_000_000
-_PER_TOKEN_OF_VOCABULARY: Final = 575
-# Since then sixteen rows of logits are kept, not two.
-_OUTPUTS: Final = 4 * 14
+# Python, numba and LLVM take 110 MB. The rest was fitted to what `amulet bench` measured: 188 MB beyond
+# model and cache with V = 49,152, and 251 MB with V = 151,936.
+_BASE: Final = 158_000_000
+_PER_TOKEN_OF_VOCABULARY: Final = 613
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def estimate(header: Header, weights: int, n_ctx: int, n_sequences: int) -> Esti
     return Estimate(
         weights=weights,
         cache=cache_bytes(header, -(-n_ctx // MIN_N_CTX) * MIN_N_CTX, n_sequences),
-        work=_BASE + (_PER_TOKEN_OF_VOCABULARY + _OUTPUTS) * header.n_vocab,
+        work=_BASE + _PER_TOKEN_OF_VOCABULARY * header.n_vocab,
     )
 
 

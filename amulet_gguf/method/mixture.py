@@ -34,6 +34,11 @@ def coefficients(
     return (base, *scaled, 0.0) if has_contrast else (base, *scaled)
 
 
+def is_a_mean(coefficients: Sequence[float]) -> bool:
+    """Whether nothing is amplified, so that nothing is to be guarded: all lie from 0 to 1."""
+    return all(0 <= amount <= 1 for amount in coefficients)
+
+
 @dataclass(frozen=True)
 class Realignment:
     """Which branches a generation needs, and how they become one distribution.
@@ -71,7 +76,7 @@ def realign(
     found = [coefficients(weights, each, has_contrast) for each in passed]
     amounts, reference = found[0], coefficients(weights, 1.0, has_contrast)
     branches = tuple(range(len(amounts)))
-    is_mean = all(0 <= amount <= 1 for each in found for amount in each)
+    is_mean = all(map(is_a_mean, found))
     if is_mean:
         plausibility = 0.0
     if not keep_branches and (is_mean or has_contrast):
@@ -123,7 +128,7 @@ class _Token:
     Attributes:
         needed: branches, ascending, whose logits count.
         coefficients, reference: (N,) of these branches.
-        is_mean: no coefficient lies outside 0 to 1, so that nothing is to be guarded.
+        is_mean: see `is_a_mean`.
     """
 
     strength: float
@@ -209,7 +214,7 @@ class Mixture:
         return prompted
 
     def _token(self, strength: float, coefficients: Float64Array) -> _Token:
-        is_mean = bool(((coefficients >= 0) & (coefficients <= 1)).all())
+        is_mean = is_a_mean(coefficients.tolist())
         counts = coefficients != 0
         if not is_mean:
             counts |= self.reference != 0

@@ -10,7 +10,14 @@ from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.echo import echo_tokens
-from amulet_gguf.method.mixture import Fade, Mixture, Realignment, coefficients, realign
+from amulet_gguf.method.mixture import (
+    Fade,
+    Mixture,
+    Realignment,
+    coefficients,
+    is_a_mean,
+    realign,
+)
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.methods import resolve
 from amulet_gguf.preferences import Preference
@@ -132,7 +139,7 @@ class Planner:
             return [amounts[branch] for branch in needed.branches]
 
         withheld = None
-        if settings.withhold_echo and any(not 0 <= amount <= 1 for amount in needed.coefficients):
+        if settings.withhold_echo and not is_a_mean(needed.coefficients):
             withheld = self._echo_tokens(tuple(p.text for p in settings.prefer if p.weight > 0))
         return Mixture(
             needed.coefficients,
