@@ -14,9 +14,12 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
+from click.testing import CliRunner
 
+from amulet_gguf.cli import main
 from amulet_gguf.conversation import sessions
-from amulet_gguf.taste.taste import open_taste
+from amulet_gguf.preferences import PRESETS
+from amulet_gguf.taste.taste import Taste, open_taste
 
 pytestmark = pytest.mark.model
 
@@ -369,7 +372,11 @@ def test_sessions_are_listed_exported_and_removed() -> None:
     assert "no session 'ann'" in run("export", "ann").stderr
 
 
-def test_answers_in_pairs_teach_a_taste_and_the_chosen_one_is_gone_on_with(home: Path) -> None:
+def test_answers_in_pairs_teach_a_taste_and_the_chosen_one_is_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Which pair is shown is chance's, and some presets can lead to the same few words.
+    monkeypatch.setattr(Taste, "pair", lambda _: ("Answer like an old sailor.", PRESETS["verbose"]))
     lines = [
         "/better A",
         "/prefer Answer like an old sailor.",
@@ -391,7 +398,8 @@ def test_answers_in_pairs_teach_a_taste_and_the_chosen_one_is_gone_on_with(home:
         "/ab off",
         "/show",
     ]
-    done = pipe("\n".join(lines) + "\n", "-n", "8", "--strength", "3")
+    arguments = ["chat", "-n", "8", "--strength", "3"]
+    done = CliRunner().invoke(main, arguments, input="\n".join(lines) + "\n")
     assert done.stderr.count("Error: ") == 4  # no pair, no choice made, no such choice, no pair
     assert "/better A or /better B chooses" in done.stderr
     assert "1 choice: " in done.stderr

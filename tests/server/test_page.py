@@ -15,7 +15,7 @@ from serving import Running, is_free, serving, until
 
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.server.guard import Access
-from amulet_gguf.taste.taste import Candidate, Choice, open_taste
+from amulet_gguf.taste.taste import Candidate, Choice, Taste, open_taste
 
 sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -142,6 +142,7 @@ def test_a_choice_between_two_teaches_a_taste_and_goes_on(
     page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AMULET_HOME", str(tmp_path))
+    monkeypatch.setattr(Taste, "pair", lambda _: (PRESETS["formal"], PRESETS["verbose"]))
     bodies = limit(page, 8)
     own = page.get_by_label("Add a preference of your own")
     own.fill("Write for a child: simply.")
