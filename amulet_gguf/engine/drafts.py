@@ -7,8 +7,9 @@ the last tokens before is proposed to follow them again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -24,12 +25,42 @@ _MAX_MATCH: Final = 8  # tokens: a longer match says no more
 _MEMORY: Final = 0.8  # of what share was accepted, per draft
 _PROBE: Final = 32  # tokens after which a source that was wrong may guess one again
 _MAX_ROWS: Final = 16
-#: Time of a step of so many rows, from 0, relative to one row on a CPU; a GPU gives rows away more
-#: cheaply. Measured at 1, 2, 4, 8 and 16.
-_TIMES: Final[list[float]] = [
-    0.0,
-    *np.interp(np.log2(np.arange(1, _MAX_ROWS + 1)), np.arange(5), (1.0, 1.75, 2.45, 4.2, 6.3)).tolist(),
-]
+#: Of 1, 2, 4, 8 and 16 rows, as a CPU of two cores had them with 0.5 and 1.5 billion parameters.
+_TYPICAL: Final = (1.0, 1.75, 2.45, 4.2, 6.3)
+_MEMORY_OF_TIMES: Final = 0.98  # of what steps took, per step
+_DOUBT: Final = 0.01  # that a machine differs: as a variance of log times
+
+
+class RowTimes:
+    """What steps of 1 to 16 rows take, relative to each other: learned from the steps that are made.
+
+    Machines differ: a GPU gives rows away, a CPU hardly does. A power of what a CPU takes is fitted to
+    the logarithms of times, the last ones counting most, with a prior that the power is 1.
+    """
+
+    def __init__(self) -> None:
+        """Begin with what a CPU takes."""
+        sizes = np.log2(np.arange(1, _MAX_ROWS + 1))
+        self._log_typical = np.log(np.interp(sizes, np.arange(5), _TYPICAL))
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._power = 1.0
+
+    def __getitem__(self, rows: int) -> float:
+        return float(np.exp(self._power * self._log_typical[rows - 1]))
+
+    def told(self, rows: int, seconds: float) -> None:
+        """Learn what a step of so many rows took; of more than 16 nothing is learned."""
+        if not 1 <= rows <= _MAX_ROWS or seconds <= 0:
+            return
+        x, y = float(self._log_typical[rows - 1]), math.log(seconds)
+        gain = 1 / (1 + _MEMORY_OF_TIMES * self._weight)
+        self._weight = 1 + _MEMORY_OF_TIMES * self._weight
+        self._x += gain * (x - self._x)
+        self._y += gain * (y - self._y)
+        self._xx += gain * (x * x - self._xx)
+        self._xy += gain * (x * y - self._xy)
+        spread = self._xx - self._x**2 + _DOUBT
+        self._power = max(0.0, (self._xy - self._x * self._y + _DOUBT) / spread)
 
 
 @dataclass(frozen=True)
@@ -40,11 +71,13 @@ class Step:
         rows: of the step without them.
         rows_each: that a guess adds.
         limit: guesses that there is room for.
+        times: of steps, by their rows.
     """
 
     rows: int
     rows_each: int
     limit: int
+    times: RowTimes = field(default_factory=RowTimes)
 
 
 class Source:
@@ -113,7 +146,7 @@ def best_size(accepted: float, step: Step) -> int:
 
     def rate(k: int) -> float:
         tokens = sum(accepted**i for i in range(k + 1))
-        return tokens / _TIMES[step.rows + k * step.rows_each]
+        return tokens / step.times[step.rows + k * step.rows_each]
 
     return max(range(most + 1), key=rate)
 

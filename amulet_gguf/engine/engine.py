@@ -8,13 +8,14 @@ distribution, samples a token, and gives that token back to all branches of its 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 
 import numpy as np
 
 from amulet_gguf.engine.answer import Piece
-from amulet_gguf.engine.drafts import Step
+from amulet_gguf.engine.drafts import RowTimes, Step
 from amulet_gguf.engine.generation import Context, Generation, Request
 from amulet_gguf.engine.sequences import Sequences
 from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError, QueueFullError
@@ -50,6 +51,7 @@ class Engine:
         self._sequences = Sequences(make_context, n_sequences)
         self._max_waiting = max_waiting
         self._row = np.empty(detokenizer.n_vocab, np.float32)
+        self._row_times = RowTimes()
         self._waiting: deque[Generation] = deque()
         self._lock = threading.RLock()
         self._stepper: threading.Thread | None = None
@@ -174,10 +176,15 @@ class Engine:
             try:
                 self._sequences.release()
                 self._admit()
+                room = self._sequences.context.room
                 ready = self._add_rows()
                 if not self._sequences.live:
                     return False
+                n_rows = room - self._sequences.context.room
+                begin = time.perf_counter()
                 logits = self._sequences.context.decode()
+                if n_rows == len(logits):  # nothing was only read
+                    self._row_times.told(n_rows, time.perf_counter() - begin)
                 for generation in ready:
                     rows, logits = np.split(logits, [generation.n_outputs])
                     self._advance(generation, rows)
@@ -254,7 +261,7 @@ class Engine:
         if generation.is_ready(sizes):
             rows, each = sum(sizes), generation.n_outputs
             room = min(context.room - rows, context.n_outputs - each)
-            generation.guess(Step(rows, each, room // each), context.n_ctx)
+            generation.guess(Step(rows, each, room // each, self._row_times), context.n_ctx)
 
     def _fill_gaps(self, chunks: dict[Generation, list[int]], budget: int) -> int:
         """Let branches that are left behind between others read a token along; return how many do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from fixture_types import MakeContext
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet_gguf.engine.drafts import MAX_DRAFT, Drafts, Source, Step, best_size
+from amulet_gguf.engine.drafts import MAX_DRAFT, Drafts, RowTimes, Source, Step, best_size
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.llama.model import Model
@@ -38,6 +39,18 @@ def run(asked: Request, **sizes: Any) -> tuple[Generation, list[int], int]:
     assert generation.error is None
     tokens = [piece.token for piece in generation.pieces if piece.token is not None]
     return generation, tokens, len(contexts.current.batches)
+
+
+class Typical(RowTimes):
+    """What fake contexts take means nothing."""
+
+    def told(self, rows: int, seconds: float) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amulet_gguf.engine.engine.RowTimes", Typical)
 
 
 # Guesses
@@ -83,6 +96,45 @@ def test_more_is_guessed_of_whoever_is_right_more_often(
 @pytest.mark.parametrize("rows", [15, 16, 17, 64, 1000])
 def test_nothing_is_guessed_where_nobody_knows_what_it_would_cost(rows: int) -> None:
     assert best_size(1.0, Step(rows, 2, MAX_DRAFT)) == 0
+
+
+MACHINES: dict[str, Callable[[int], float]] = {
+    "gives rows away": lambda rows: 1.0,
+    "charges each": lambda rows: rows,
+    "as the first guess": lambda rows: RowTimes()[rows],
+    "1.5 billion parameters": lambda rows: float(np.interp(rows, [2, 4, 8, 16], [62, 96, 223, 261])),
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("accepted", [0.3, 0.8, 0.95])
+def test_how_many_to_guess_is_learned_from_what_steps_take(machine: str, accepted: float) -> None:
+    """Within some hundred steps of changing lengths, what is chosen is near the best on this machine."""
+    random = np.random.default_rng(0)
+    times, of_machine = RowTimes(), MACHINES[machine]
+
+    def rate(size: int) -> float:
+        return float(sum(accepted**i for i in range(size + 1)) / of_machine(2 + 2 * size))
+
+    for t in range(300):
+        size = best_size(accepted, Step(2, 2, MAX_DRAFT, times))
+        size = size if t % 2 else 0  # every other step, nobody had a guess
+        rows = 2 + 2 * max(size, t % 32 == 0)
+        depth = 1 + t / 300  # a fuller context is slower
+        times.told(rows, 0.02 * depth * of_machine(rows) * float(random.lognormal(0, 0.1)))
+    best = max(map(rate, range(MAX_DRAFT + 1)))
+    assert rate(best_size(accepted, Step(2, 2, MAX_DRAFT, times))) > 0.85 * best
+
+
+@given(st.lists(st.tuples(st.integers(-1, 200), st.floats(0, 1e6)), max_size=50))
+def test_times_stay_positive_and_more_rows_take_no_less(steps: list[tuple[int, float]]) -> None:
+    times = RowTimes()
+    for rows, seconds in steps:
+        times.told(rows, seconds)
+    found = [times[rows] for rows in range(1, 17)]
+    assert found[0] > 0
+    assert np.isfinite(found).all()
+    assert found == sorted(found)
 
 
 def test_who_is_always_wrong_is_hardly_asked_and_gets_another_chance() -> None:
