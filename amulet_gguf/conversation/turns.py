@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.answer import Piece
 from amulet_gguf.engine.generation import Request
+from amulet_gguf.errors import PromptError
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Encoded, Message
 from amulet_gguf.settings import Options, Settings
@@ -84,8 +85,31 @@ class Conversation(Generic[AnyStream]):
                 see `drop_oldest`.
             EngineError: from the iterator.
         """
+        return self._answer(self._with(text), draft, on_prefill, options)
+
+    def restyle(self, *, on_prefill: OnPrefill | None = None, **options: Unpack[Options]) -> AnyStream:
+        """Write the last answer again, with other settings; where it stays as it was, it comes sooner.
+
+        The new answer takes the place of the old one when it ends, if there is any text.
+
+        Raises:
+            PromptError: there is no answer.
+            Others: as `ask`.
+        """
+        *messages, answer = self.messages or [{}]
+        if answer.get("role") != "assistant":
+            raise PromptError("there is no answer to write again")
+        return self._answer(messages, answer["content"], on_prefill, options)
+
+    def _answer(
+        self,
+        messages: list[dict[str, str]],
+        draft: str | None,
+        on_prefill: OnPrefill | None,
+        options: Options,
+    ) -> AnyStream:
         self.settings = asked = self.settings.replace(**options)
-        messages = self._with(text)
+        before = list(self.messages)
 
         def plan(planner: Planner, settings: Settings) -> Request:
             return _request(planner, messages, settings, draft)
@@ -96,7 +120,7 @@ class Conversation(Generic[AnyStream]):
                 adjusted = {"strength": adjusted["strength"]} if "strength" in adjusted else {}
             self.settings = self.settings.replace(**adjusted)
             # One without an answer is left out: the user can ask again.
-            if stream.text and self.messages == messages[:-1]:
+            if stream.text and self.messages == before:
                 self.messages = [*messages, {"role": "assistant", "content": stream.text}]
                 self.pieces = list(stream.pieces)
 

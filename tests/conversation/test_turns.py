@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as arrays
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.cli import explained, main
 from amulet_gguf.conversation.turns import Conversation
-from amulet_gguf.errors import PromptTooLongError, SettingError
+from amulet_gguf.errors import PromptError, PromptTooLongError, SettingError
 from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.explanation import explain, kl, largest
 from amulet_gguf.prompts.template import ChatTemplate, Encoded
@@ -148,6 +148,31 @@ def test_tokens_that_the_tokenizer_would_not_choose_are_kept(amulet: Amulet) -> 
         other.tokens.tolist()
         == template.encode([*turns, {"role": "user", "content": "Well?"}]).tokens.tolist()
     )
+
+
+@pytest.mark.model
+def test_an_answer_is_written_again_in_another_style(amulet: Amulet) -> None:
+    conversation = Conversation(amulet)
+    with pytest.raises(PromptError, match="no answer"):
+        conversation.restyle(strength=2)
+    conversation.ask("What is a river?", prefer="concise", strength=2, max_tokens=30).answer()
+    conversation.ask("Name one.", max_tokens=20).answer()
+    before, pieces = list(conversation.messages), conversation.pieces
+    again = conversation.restyle()
+    assert again.answer().text == before[-1]["content"]
+    assert [p.token for p in again.pieces] == [p.token for p in pieces]
+    generation = again._job.generation
+    assert generation is not None
+    assert generation.n_right >= 5  # of some tokens, most were taken over
+
+    stopped = conversation.restyle(prefer="uplifting")
+    assert conversation.messages == before  # while it is written, the old one stands
+    stopped.close()
+    assert conversation.messages == before
+    assert conversation.restyle(strength=5).answer().text != before[-1]["content"]
+    assert conversation.messages[:-1] == before[:-1]
+    assert len(conversation.messages) == 4
+    assert conversation.settings.strength == 5
 
 
 @pytest.mark.model
