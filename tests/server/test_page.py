@@ -202,6 +202,63 @@ def test_the_slider_acts_while_text_streams(page: Any, server: Running) -> None:
     page.get_by_text("stopped").wait_for()
 
 
+def move(page: Any, strength: float) -> None:
+    """Drag the slider and let go."""
+    slider = page.get_by_label("Strength")
+    slider.evaluate(
+        "(node, value) => { node.value = value; for (const kind of ['input', 'change'])"
+        " node.dispatchEvent(new Event(kind)); }",
+        strength,
+    )
+
+
+def test_the_slider_after_an_answer_writes_it_again(page: Any) -> None:
+    bodies = limit(page, 30)
+    move(page, 3)
+    assert bodies == []  # there is no answer
+    page.get_by_role("button", name="concise").click()
+    ask(page)
+    wait_for_end(page)
+    old = page.locator(".text").inner_text()
+    with page.expect_request("**/v1/chat/completions"):
+        move(page, 9)
+    assert bodies[1]["prediction"]["content"].strip() == old.strip()
+    assert bodies[1]["strength"] == 9
+    assert bodies[1]["prefer"] == bodies[0]["prefer"]
+    assert bodies[1]["messages"] == bodies[0]["messages"]
+    wait_for_end(page)
+    assert page.locator(".turn").count() == 1
+    new = page.locator(".text").inner_text()
+    assert new
+    assert new != old
+    ask(page, "And then?")
+    page.locator(".turn").nth(1).get_by_text("tokens,").wait_for()
+    assert bodies[2]["messages"][1]["content"].strip() == new.strip()
+
+    page.get_by_role("button", name="concise").click()  # off: a strength means nothing
+    move(page, 4)
+    page.get_by_role("button", name="concise").click()
+    assert len(bodies) == 3
+    page.unroute("**/v1/chat/completions")  # long ones can be stopped
+    before = page.locator(".text").nth(1).inner_text()
+    move(page, 5)
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop", disabled=True).wait_for()
+    assert page.locator(".text").nth(1).inner_text() == before
+
+
+def test_an_answer_that_cannot_be_written_again_stands(page: Any) -> None:
+    limit(page, 10)
+    page.get_by_role("button", name="concise").click()
+    ask(page)
+    wait_for_end(page)
+    old = page.locator(".text").inner_text()
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=404, body="{}"))
+    move(page, 7)
+    page.get_by_text("not written again").wait_for()
+    assert page.locator(".text").inner_text() == old
+
+
 def test_stop_ends_the_answer_and_keeps_it(page: Any, server: Running) -> None:
     limit(page, 1500)
     ask(page)
