@@ -19,7 +19,12 @@ LINEAR_ALIGNMENT: Final = 3.0
 METHODS: Final[Mapping[str, Mapping[str, Any]]] = {
     "base": {"prefer": (), "avoid": None, "strength": 0.0},
     "prompting": {"strength": 1.0, "fade": 0.0},
-    "linear-alignment": {"strength": LINEAR_ALIGNMENT, "fade": 0.0, "withhold_echo": False},
+    "linear-alignment": {
+        "strength": LINEAR_ALIGNMENT,
+        "fade": 0.0,
+        "withhold_echo": False,
+        "protect_facts": False,
+    },
     "amulet": {},
 }
 _CHANGE: Final = re.compile(r",(?=\s*[a-z_-]+=)")  # a comma of a JSON value is followed by no FIELD=

@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     fade_to: float | Literal["auto"] | None
     plausibility: float
     withhold_echo: bool
+    protect_facts: bool
     placement: Placement
     system: str | None
     max_tokens: int
@@ -140,6 +141,13 @@ class Settings(Declared):
         off="--amplify-echo",
         otherwise="withhold",
     )
+    protect_facts: bool = setting(
+        True,
+        "Leave names, numbers, quotations and code as prompting has them, or amplify them, too.",
+        "switch",
+        off="--amplify-facts",
+        otherwise="protect",
+    )
     placement: Placement = setting(
         "turn",
         "Say the preference at the end of your message, or of the system prompt.",
@@ -223,6 +231,7 @@ class Settings(Declared):
             fade=0.0,
             plausibility=0.0,
             withhold_echo=False,
+            protect_facts=False,
             placement="system",
             system=PAPER_SYSTEM,
             repeat_penalty=1.0,

@@ -20,6 +20,7 @@ import amulet_gguf
 from amulet_gguf import Amulet, EngineError, PromptError, PromptTooLongError, SettingError, Settings
 from amulet_gguf.llama.context import Context
 from amulet_gguf.method import mixture
+from amulet_gguf.method.facts import Facts
 from amulet_gguf.method.realign import combine_unchecked
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.prompts.template import ChatTemplate, conversation, with_preference
@@ -130,7 +131,7 @@ def test_branches_read_what_contexts_of_their_own_read(
     amulet: Amulet, seen: list[npt.NDArray[np.float32]]
 ) -> None:
     """Sharing a prefix and decoding branches together changes logits by rounding alone."""
-    answer = amulet.generate(PROMPT, prefer="creative", strength=2, max_tokens=12)
+    answer = amulet.generate(PROMPT, prefer="creative", strength=2, protect_facts=False, max_tokens=12)
     template = ChatTemplate(amulet.model)
     messages = conversation(PROMPT, None, None)
     differences = []
@@ -296,3 +297,34 @@ def test_loading_refuses_what_cannot_be(real_model: Path) -> None:
             Amulet.load(real_model, n_ctx=wrong)
     with pytest.raises(amulet_gguf.EngineError, match="GB are free"):
         Amulet.load(real_model, n_ctx=2**24)
+
+
+@pytest.mark.model
+def test_names_and_numbers_are_written_as_prompting_has_them(
+    amulet: Amulet, seen: list[npt.NDArray[np.float32]]
+) -> None:
+    """By the branches' logits: prompting's best where that is of a fact, else what is amplified."""
+    answer = amulet.generate(
+        "Tell me about Paris, Rome and London.",
+        prefer="verbose",
+        strength=3,
+        fade=0,
+        plausibility=0,
+        withhold_echo=False,
+        repeat_penalty=1,
+        max_tokens=40,
+    )
+    facts, kept, amplified, combined = Facts(), 0, 0, iter(seen)
+    for piece in answer.pieces:
+        base, prompted = next(combined)
+        best = int(prompted.argmax())
+        if is_fact := facts.include(amulet.model.token_bytes(best)):
+            next(combined)  # once more, with the strength of prompting
+        assert piece.token in (None, best if is_fact else int((3 * prompted - 2 * base).argmax()))
+        assert piece.changed == (piece.token not in (None, best))
+        kept += is_fact
+        amplified += piece.changed
+        if piece.token is not None:
+            facts.push(amulet.model.token_bytes(piece.token))
+    assert min(kept, amplified) > 2
+    assert next(combined, None) is None

@@ -33,6 +33,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
     "fade_to": (1.5, "1.5"),
     "plausibility": (0.25, "0.25"),
     "withhold_echo": (False, "false"),
+    "protect_facts": (False, "false"),
     "placement": ("system", "system"),
     "system": ("Be brief.", "Be brief."),
     "max_tokens": (7, "7"),

@@ -186,6 +186,7 @@ def test_the_papers_settings() -> None:
         "fade_to": None,
         "plausibility": 0.0,
         "withhold_echo": False,
+        "protect_facts": False,
         "placement": "system",
         "system": PAPER_SYSTEM,
         "max_tokens": 128,

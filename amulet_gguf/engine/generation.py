@@ -15,6 +15,7 @@ from amulet_gguf.engine.drafts import Drafts, Step
 from amulet_gguf.engine.text import TextAssembler
 from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.explanation import explain
+from amulet_gguf.method.facts import Facts
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.realign import argmax
 from amulet_gguf.method.sampling import Sampler
@@ -114,6 +115,7 @@ class Generation:
 
         self._written: list[int] = []
         self._text = TextAssembler(request.stop)
+        self._facts = Facts()
         self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
         self._needed = self.mixture.needed  # of its first token
         self._guesses: list[int] = []
@@ -306,7 +308,9 @@ class Generation:
         """Choose a token and write it; return it."""
         mixture = self._acting
         self.request.sampler.bias(logits)
-        prompted = mixture.combine(logits, row)
+        prompted = mixture.combine(
+            logits, row, lambda token: self._facts.include(detokenizer.token_bytes(token))
+        )
         changed = int(argmax(row)) != prompted  # before penalties and chance have their say
         n_alternatives = self.request.n_alternatives
         combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
@@ -328,6 +332,7 @@ class Generation:
                 mixture.strength,
             )
         self._written.append(token)
+        self._facts.push(detokenizer.token_bytes(token))
         text = self._text.push(detokenizer.token_bytes(token))
         piece = Piece(text, token, changed, None, explanation)
         if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor

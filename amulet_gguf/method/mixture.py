@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -152,6 +152,7 @@ class Mixture:
         margin: of plausibility, in nats.
         fade: of the strength.
         withheld: tokens that are not amplified.
+        protects_facts: neither are those that `combine` is told to be of names, numbers and the like.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class Mixture:
         fade: Fade | None = None,
         at: Callable[[float], Sequence[float]] | None = None,
         withheld: Tokens | None = None,
+        protects_facts: bool = False,
     ) -> None:
         self.coefficients = np.array(coefficients, np.float64)
         self.reference = np.array(reference, np.float64)
@@ -170,6 +172,7 @@ class Mixture:
         self.fade = fade or Fade(1.0 - self.coefficients[0])
         self._at = at
         self.withheld = withheld
+        self.protects_facts = protects_facts
         self._n_combined = 0
         self._next = self._last = self._token(self.fade.at(0), self.coefficients)
 
@@ -195,8 +198,17 @@ class Mixture:
         """(N,) the reference of the token that was combined last, for the branches it needed."""
         return self._last.reference
 
-    def combine(self, logits: Float32Array, out: Float32Array) -> int:
+    def combine(
+        self,
+        logits: Float32Array,
+        out: Float32Array,
+        is_fact: Callable[[int], bool] | None = None,
+    ) -> int:
         """Combine the (N, V) logits of the `needed` branches into `out` (V,).
+
+        Args:
+            is_fact: tells whether a token would be of a name, a number or the like, if it came next.
+                Where ordinary prompting's best one is, the strength is 1.
 
         Returns:
             the best token of ordinary prompting.
@@ -207,11 +219,23 @@ class Mixture:
         if self.withheld is not None and not token.is_mean:
             withhold(logits, token.coefficients, token.reference, self.withheld, out)
         self._last = token
+        if is_fact is not None and self._protects(token) and is_fact(prompted):
+            self._last = replace(token, strength=1.0, coefficients=token.reference)
+            combine_unchecked(logits, token.reference, -math.inf, token.reference, out)
         self._n_combined += 1
         strength = self.fade.at(self._n_combined)
         if self._at is not None and strength != token.strength:
             self._next = self._token(strength, np.array(self._at(strength), np.float64))
         return prompted
+
+    def _protects(self, token: _Token) -> bool:
+        """Whether a fact is written as ordinary prompting does, which is no extrapolation itself."""
+        return (
+            self.protects_facts
+            and not token.is_mean
+            and token.strength > 1
+            and is_a_mean(token.reference.tolist())
+        )
 
     def _token(self, strength: float, coefficients: Float64Array) -> _Token:
         is_mean = is_a_mean(coefficients.tolist())

@@ -148,6 +148,7 @@ class Planner:
             fade=_fade(settings),
             at=at,
             withheld=withheld,
+            protects_facts=settings.protect_facts,
         )
 
 

@@ -327,7 +327,8 @@ def test_the_key_changes_with_whatever_could_change_the_result() -> None:
     changed: dict[str, Any] = {
         "prefer": "formal", "avoid": "Be dull.", "strength": 2,
         "plausibility": 0.3, "fade": 5, "fade_to": 3,
-        "withhold_echo": False, "placement": "system", "system": "Be.", "max_tokens": 21, "stop": "a",
+        "withhold_echo": False, "protect_facts": False, "placement": "system", "system": "Be.",
+        "max_tokens": 21, "stop": "a",
         "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.2,
         "repeat_last_n": 3, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {"5": 1},
         "seed": 0,

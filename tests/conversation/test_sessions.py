@@ -82,7 +82,7 @@ def test_a_newer_version_is_told_from_damage(home: Path) -> None:
 def test_an_older_file_without_newer_fields_opens() -> None:
     path = sessions.save("one", Session(TURNS, preferred()))
     record = json.loads(path.read_text())
-    for name in ("fade", "withhold_echo"):
+    for name in ("fade", "withhold_echo", "protect_facts"):
         del record["settings"][name]
     del record["model"], record["saved_at"]
     record["settings"]["gone_since"] = 1
