@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from amulet_gguf.engine.answer import Answer, Piece
+from amulet_gguf.engine.drafter import Drafter, check_vocabulary
 from amulet_gguf.engine.drafts import N_OUTPUTS
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Request
+from amulet_gguf.errors import SettingError
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
@@ -47,6 +50,28 @@ def load_model(
     return Model(file, n_gpu_layers=loading.n_gpu_layers, rpc=loading.rpc, progress=progress)
 
 
+@contextlib.contextmanager
+def _drafter(model: Model, loading: Loading, n_ctx: int) -> Iterator[Drafter]:
+    """Load the draft model for as long as it is needed."""
+    small = dataclasses.replace(loading, model=loading.draft_model, n_ctx=n_ctx, rpc=None)
+    with load_model(small, n_sequences=1) as drafting:
+        check_vocabulary(drafting, model)
+        with Context(
+            drafting,
+            n_ctx=n_ctx,
+            n_sequences=1,
+            n_batch=loading.n_batch,
+            n_threads=loading.n_threads,
+        ) as context:
+            if not context.can_draft:
+                raise SettingError(
+                    f"{drafting.path.name} cannot take tokens back, so that it cannot draft: choose a "
+                    "model without recurrent layers and sliding windows",
+                    "draft_model",
+                )
+            yield Drafter(context, min(drafting.n_vocab, model.n_vocab))
+
+
 class Amulet:
     """A loaded model that answers, realigned to preferences. Make one with `Amulet.load`.
 
@@ -54,10 +79,12 @@ class Amulet:
     threads, or from asyncio, use `AmuletService`.
     """
 
-    def __init__(self, model: Model, engine: Engine) -> None:
+    def __init__(self, model: Model, engine: Engine, drafter: Drafter | None = None) -> None:
         self.model = model
         self.engine = engine
-        self.planner = Planner(model)
+        self.planner = Planner(model, drafter)
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(engine.close)
 
     @classmethod
     def load(
@@ -81,7 +108,7 @@ class Amulet:
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
             ConfigError: the default model is asked for, and the configuration has a mistake.
-            SettingError: a number out of range, or rpc not possible.
+            SettingError: a number out of range, rpc not possible, a draft model of another vocabulary.
             EngineError: not enough memory (see `amulet_gguf.llama.memory.check_fits`), or an RPC server
                 cannot be reached.
         """
@@ -108,12 +135,15 @@ class Amulet:
                 n_outputs=max(n_sequences, min(loading.n_batch or N_OUTPUTS, N_OUTPUTS)),
             )
 
-        engine = Engine(model, make_context, n_sequences)
-        try:
-            return cls(model, engine)
-        except BaseException:
-            engine.close()
-            raise
+        with contextlib.ExitStack() as failed:
+            drafter = None
+            if loading.draft_model is not None:
+                drafter = failed.enter_context(_drafter(model, loading, size))
+            engine = Engine(model, make_context, n_sequences)
+            failed.callback(engine.close)
+            amulet = cls(model, engine, drafter)
+            amulet._closing = failed.pop_all()
+        return amulet
 
     def __enter__(self) -> Amulet:
         return self
@@ -123,7 +153,7 @@ class Amulet:
 
     def close(self) -> None:
         """Cancel what runs and free all memory."""
-        self.engine.close()
+        self._closing.close()
         self.model.close()
 
     def stream(

@@ -269,6 +269,7 @@ class LoadOptions(TypedDict, total=False):
     n_threads: int | None
     n_batch: int | None
     rpc: str | None
+    draft_model: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -321,6 +322,13 @@ class Loading(Declared):
         "text",
         metavar="HOST:PORT[,…]",
     )
+    draft_model: str | os.PathLike[str] | None = setting(
+        None,
+        "A smaller model of the same vocabulary: it guesses tokens, which the model verifies several at "
+        "a time, where that pays.",
+        "path",
+        metavar="TEXT",
+    )
 
     @property
     def options(self) -> LoadOptions:
@@ -331,6 +339,7 @@ class Loading(Declared):
             "n_threads": self.n_threads,
             "n_batch": self.n_batch,
             "rpc": self.rpc,
+            "draft_model": self.draft_model,
         }
 
 

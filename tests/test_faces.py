@@ -169,6 +169,7 @@ def test_options_of_llm(name: str) -> None:
         ("n_batch", 64),
         ("rpc", "a:1"),
         ("model", "m"),
+        ("draft_model", "m"),
     ],
 )
 def test_ways_to_load_a_model(name: str, value: Any) -> None:

@@ -2,12 +2,14 @@
 
 A draft is never believed: the engine chooses each token from its own distribution, as without drafts,
 and goes on as long as the draft has guessed it. Guesses come from texts at hand, where what followed
-the last tokens before is proposed to follow them again.
+the last tokens before is proposed to follow them again, or from a smaller model
+(`amulet_gguf.engine.drafter`).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -48,6 +50,11 @@ class RowTimes:
     def __getitem__(self, rows: int) -> float:
         return float(np.exp(self._power * self._log_typical[rows - 1]))
 
+    def relative(self, seconds: float) -> float:
+        """Return how many steps of one row take so long; 0 while that is not known."""
+        one = math.exp(self._y - self._power * self._x)
+        return seconds / one if self._weight else 0.0
+
     def told(self, rows: int, seconds: float) -> None:
         """Learn what a step of so many rows took; of more than 16 nothing is learned."""
         if not 1 <= rows <= _MAX_ROWS or seconds <= 0:
@@ -80,16 +87,43 @@ class Step:
     times: RowTimes = field(default_factory=RowTimes)
 
 
-class Source:
-    """A text in which an answer may find itself again.
+class Source(ABC):
+    """Somebody who guesses.
 
     Attributes:
+        name: for people.
         accepted: share of guesses that were right, of late.
+        n_guessed, n_right: tokens, of all.
         n_silent: steps since it guessed.
+        probe: steps after which it may guess one token, though it was wrong.
+        seconds_each: that a guess takes.
     """
 
+    def __init__(self, name: str, accepted: float, probe: int) -> None:
+        self.name = name
+        self.accepted = accepted
+        self.probe = probe
+        self.seconds_each = 0.0
+        self.n_silent = 0
+        self.n_guessed = self.n_right = 0
+
+    @abstractmethod
+    def propose(self, prompt: Tokens, written: Sequence[int], n: int) -> list[int]:
+        """Return at most n tokens, n >= 1, that may follow what was written to a prompt."""
+
+    def told(self, proposed: int, accepted: int) -> None:
+        """Learn how many tokens of a draft were right."""
+        self.n_guessed += proposed
+        self.n_right += accepted
+        tried = min(proposed, accepted + 1)
+        self.accepted = _MEMORY * self.accepted + (1 - _MEMORY) * accepted / tried
+
+
+class TextSource(Source):
+    """A text in which an answer may find itself again."""
+
     def __init__(
-        self, text: Tokens, *, min_match: int, accepted: float, is_answer: bool = False
+        self, name: str, text: Tokens, *, min_match: int, accepted: float, is_answer: bool = False
     ) -> None:
         """Look tokens up in a text.
 
@@ -99,14 +133,13 @@ class Source:
             accepted: share of guesses to expect before any was made.
             is_answer: its beginning is a guess for the beginning.
         """
+        super().__init__(name, accepted, _PROBE)
         self._text = text
         self._min_match = min_match
         self._is_answer = is_answer
-        self.accepted = accepted
-        self.n_silent = 0
 
-    def propose(self, written: Sequence[int], n: int) -> list[int]:
-        """Return at most n tokens that may follow what was written; none without a match.
+    def propose(self, prompt: Tokens, written: Sequence[int], n: int) -> list[int]:
+        """Return what followed the last tokens before; nothing without a match.
 
         Of several matches the longest counts, and of those the last.
         """
@@ -127,56 +160,60 @@ class Source:
                     break
         return text[best + 1 : best + 1 + n].tolist() if best >= 0 else []
 
-    def told(self, proposed: int, accepted: int) -> None:
-        """Learn how many tokens of a draft were right."""
-        tried = min(proposed, accepted + 1)
-        self.accepted = _MEMORY * self.accepted + (1 - _MEMORY) * accepted / tried
 
-
-def best_size(accepted: float, step: Step) -> int:
+def best_size(accepted: float, step: Step, seconds_each: float = 0.0) -> int:
     """Return how many guesses to verify in a step: what writes most tokens in a time; 0 if none does.
 
     Args:
         accepted: probability of each guess.
+        seconds_each: that it takes to make one.
     """
     # Beyond, a prompt is read, and nobody knows what more would cost.
     most = min(MAX_DRAFT, step.limit, (_MAX_ROWS - step.rows) // step.rows_each)
     if most < 1:
         return 0
 
+    each = step.times.relative(seconds_each)
+
     def rate(k: int) -> float:
         tokens = sum(accepted**i for i in range(k + 1))
-        return tokens / step.times[step.rows + k * step.rows_each]
+        return tokens / (step.times[step.rows + k * step.rows_each] + k * each)
 
     return max(range(most + 1), key=rate)
 
 
 class Drafts:
-    """The guesses of one generation."""
+    """The guesses of one generation.
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        """Ask sources in their order."""
-        self._sources = sources
+    Attributes:
+        sources: of guesses, in the order in which they are asked.
+    """
+
+    def __init__(self, prompt: Tokens, sources: Sequence[Source]) -> None:
+        """Ask sources in their order what follows a prompt."""
+        self._prompt = prompt
+        self.sources = sources
         self._asked: Source | None = None
         self._n_proposed = 0
 
     @classmethod
-    def of(cls, prompt: Tokens, answer: Tokens | None) -> Drafts:
-        """Guess from an answer to the same messages, if there is one, and from the prompt: who rewrites
-        or sums up a text repeats it."""
-        sources = [Source(prompt, min_match=_MIN_MATCH, accepted=0.5)]
+    def of(cls, prompt: Tokens, answer: Tokens | None, others: Sequence[Source] = ()) -> Drafts:
+        """Guess from an answer to the same messages, if there is one, from the prompt, because who
+        rewrites or sums up a text repeats it, and then ask others."""
+        sources: list[Source] = [TextSource("prompt", prompt, min_match=_MIN_MATCH, accepted=0.5)]
         if answer is not None:
-            sources.insert(0, Source(answer, min_match=_MIN_MATCH, accepted=0.8, is_answer=True))
-        return cls(sources)
+            old = TextSource("old answer", answer, min_match=_MIN_MATCH, accepted=0.8, is_answer=True)
+            sources.insert(0, old)
+        return cls(prompt, [*sources, *others])
 
     def propose(self, written: Sequence[int], step: Step) -> list[int]:
         """Return tokens that may come next; none where verifying them would not pay."""
-        for source in self._sources:
+        for source in self.sources:
             source.n_silent += 1
-            size = best_size(source.accepted, step)
-            if size == 0 and step.limit and source.n_silent >= _PROBE:
+            size = best_size(source.accepted, step, source.seconds_each)
+            if size == 0 and step.limit and source.n_silent >= source.probe:
                 size = 1
-            if size and (guesses := source.propose(written, size)):
+            if size and (guesses := source.propose(self._prompt, written, size)):
                 source.n_silent = 0
                 self._asked, self._n_proposed = source, len(guesses)
                 return guesses

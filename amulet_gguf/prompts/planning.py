@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
-from amulet_gguf.engine.drafts import Drafts
+from amulet_gguf.engine.drafts import Drafts, Source
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
@@ -31,8 +31,11 @@ _MIN_AT_HAND = 64  # tokens: a shorter prompt holds nothing to repeat
 class Planner:
     """Makes requests for one model."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, drafter: Source | None = None) -> None:
         """Compile the model's chat template.
+
+        Args:
+            drafter: guesses tokens of all answers.
 
         Raises:
             PromptError: the template is not valid.
@@ -40,6 +43,7 @@ class Planner:
         self.template = ChatTemplate(model)
         self.transcripts = Transcripts(self.template, model.token_bytes)
         self._model = model
+        self._drafter = drafter
         # A slider asks again at every move.
         self._echo_tokens = lru_cache(maxsize=64)(partial(echo_tokens, model))
 
@@ -100,12 +104,13 @@ class Planner:
     def _drafts(
         self, branches: Sequence[Tokens], draft: str | None, is_adjustable: bool
     ) -> Drafts | None:
+        # A dial acts on the next token, not on the next but seven, unless drafts were asked for.
         prompt = max(branches, key=len)
-        # A dial acts on the next token, not on the next but seven, unless a draft was asked for.
-        if draft is None and (is_adjustable or len(prompt) < _MIN_AT_HAND):
+        others = [] if self._drafter is None else [self._drafter]
+        if draft is None and not others and (is_adjustable or len(prompt) < _MIN_AT_HAND):
             return None
         answer = None if draft is None else self._model.tokenize(draft, special=False)
-        return Drafts.of(prompt, answer)
+        return Drafts.of(prompt, answer, others)
 
     def base(
         self, prompt: str | None, messages: Sequence[Message] | None, settings: Settings

@@ -13,7 +13,7 @@ from fixture_types import MakeContext
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet_gguf.engine.drafts import MAX_DRAFT, Drafts, RowTimes, Source, Step, best_size
+from amulet_gguf.engine.drafts import MAX_DRAFT, Drafts, RowTimes, Step, TextSource, best_size
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.llama.model import Model
@@ -21,12 +21,13 @@ from amulet_gguf.method.mixture import Fade, Mixture
 from amulet_gguf.method.sampling import PLAIN, Sampler
 
 PAIR = [[2, 4, 5], [2, 4, 5, 6]]
+NOTHING = np.empty(0, np.int32)
 STEP = Step(rows=2, rows_each=2, limit=MAX_DRAFT)
 
 
-def source(*text: int, min_match: int = 1, accepted: float = 1.0, is_answer: bool = False) -> Source:
+def source(*text: int, min_match: int = 1, accepted: float = 1.0, is_answer: bool = False) -> TextSource:
     tokens = np.array(text, np.int32)
-    return Source(tokens, min_match=min_match, accepted=accepted, is_answer=is_answer)
+    return TextSource("text", tokens, min_match=min_match, accepted=accepted, is_answer=is_answer)
 
 
 def run(asked: Request, **sizes: Any) -> tuple[Generation, list[int], int]:
@@ -70,17 +71,17 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_followed_before_is_guessed_to_follow_again(
     text: list[int], written: list[int], guessed: list[int]
 ) -> None:
-    assert source(*text).propose(written, 3) == guessed
+    assert source(*text).propose(NOTHING, written, 3) == guessed
 
 
 def test_an_old_answer_is_guessed_from_its_beginning() -> None:
-    assert source(5, 6, 7, is_answer=True).propose([], 2) == [5, 6]
+    assert source(5, 6, 7, is_answer=True).propose(NOTHING, [], 2) == [5, 6]
 
 
 def test_a_short_match_may_be_too_little() -> None:
     text = (1, 2, 3, 4, 5)
-    assert source(*text, min_match=3).propose([9, 2, 3], 2) == []
-    assert source(*text, min_match=3).propose([1, 2, 3], 2) == [4, 5]
+    assert source(*text, min_match=3).propose(NOTHING, [9, 2, 3], 2) == []
+    assert source(*text, min_match=3).propose(NOTHING, [1, 2, 3], 2) == [4, 5]
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 4), st.integers(0, MAX_DRAFT))
@@ -139,7 +140,7 @@ def test_times_stay_positive_and_more_rows_take_no_less(steps: list[tuple[int, f
 
 def test_who_is_always_wrong_is_hardly_asked_and_gets_another_chance() -> None:
     it = source(*range(1, 12), accepted=0.9)
-    drafts, sizes = Drafts([it]), []
+    drafts, sizes = Drafts(NOTHING, [it]), []
     for _ in range(200):
         sizes.append(len(drafts.propose([1], STEP)))
         if sizes[-1]:
@@ -156,7 +157,7 @@ def test_who_is_always_wrong_is_hardly_asked_and_gets_another_chance() -> None:
 
 def test_a_wrong_source_is_asked_again_beside_one_that_guesses() -> None:
     wrong, right = source(*range(1, 12), accepted=0.0), source(*range(1, 12), accepted=1.0)
-    drafts = Drafts([wrong, right])
+    drafts = Drafts(NOTHING, [wrong, right])
     for _ in range(100):
         n = len(drafts.propose([1], STEP))
         drafts.told(0 if drafts._asked is wrong else n)
@@ -165,7 +166,7 @@ def test_a_wrong_source_is_asked_again_beside_one_that_guesses() -> None:
 
 def test_the_next_source_is_asked_where_the_first_has_nothing() -> None:
     first, second = source(8, 9), source(1, 2, 3)
-    drafts = Drafts([first, second])
+    drafts = Drafts(NOTHING, [first, second])
     assert drafts.propose([1], STEP) == [2, 3]
     drafts.told(0)
     assert first.accepted == 1.0
@@ -185,7 +186,7 @@ def test_a_right_draft_saves_steps_and_a_wrong_one_changes_nothing(
     assert len(tokens) > 5
     n_steps = {}
     for kind, text in (("right", tokens), ("wrong", [4] * 40), ("none", [])):
-        drafts = Drafts([source(*text, is_answer=True)]) if text else None
+        drafts = Drafts(NOTHING, [source(*text, is_answer=True)]) if text else None
         again = request(PAIR, strength=strength, seed=seed, max_tokens=30, drafts=drafts)
         generation, written, n_steps[kind] = run(again, n_batch=40)
         assert (written, generation.finish_reason) == (tokens, reason)
@@ -198,7 +199,9 @@ def test_a_right_draft_saves_steps_and_a_wrong_one_changes_nothing(
 @pytest.mark.parametrize("n_ctx", [8, 64])
 def test_guesses_stay_within_the_limits(max_tokens: int, n_ctx: int) -> None:
     tokens, _ = alone(request(PAIR, max_tokens=30))
-    asked = request(PAIR, max_tokens=max_tokens, drafts=Drafts([source(*tokens, is_answer=True)]))
+    asked = request(
+        PAIR, max_tokens=max_tokens, drafts=Drafts(NOTHING, [source(*tokens, is_answer=True)])
+    )
     expected = alone(request(PAIR, max_tokens=max_tokens), n_ctx=n_ctx)
     generation, written, _ = run(asked, n_batch=40, n_ctx=n_ctx)
     assert (written, generation.finish_reason) == expected
@@ -208,7 +211,7 @@ def test_a_stop_string_ends_an_answer_in_the_middle_of_a_draft() -> None:
     tokens, _ = alone(request(PAIR, max_tokens=30))
     stop = FakeVocabulary().token_bytes(tokens[3]).decode("utf-8", "replace")
     expected = alone(request(PAIR, stop=[stop]))
-    drafts = Drafts([source(*tokens, is_answer=True)])
+    drafts = Drafts(NOTHING, [source(*tokens, is_answer=True)])
     generation, written, _ = run(request(PAIR, stop=[stop], drafts=drafts), n_batch=40)
     assert (written, generation.finish_reason) == expected
 
@@ -222,7 +225,7 @@ def test_each_place_of_a_draft_has_its_own_strength() -> None:
     plain = replace(request(PAIR, max_tokens=18), mixture=fading())
     _, tokens, _ = run(plain, n_batch=40)
     assert len(tokens) == 18
-    drafts = Drafts([source(*tokens, is_answer=True)])
+    drafts = Drafts(NOTHING, [source(*tokens, is_answer=True)])
     generation, again, n_steps = run(replace(plain, mixture=fading(), drafts=drafts), n_batch=40)
     assert again == tokens
     assert n_steps < 8
@@ -237,7 +240,7 @@ def test_where_a_branch_is_needed_that_was_not_read_the_draft_ends() -> None:
 
     plain = replace(request(PAIR, max_tokens=12), mixture=mixed())
     _, tokens, _ = run(plain, n_batch=40)
-    drafts = Drafts([source(*tokens, is_answer=True)])
+    drafts = Drafts(NOTHING, [source(*tokens, is_answer=True)])
     _, again, _ = run(replace(plain, mixture=mixed(), drafts=drafts), n_batch=40)
     assert again == tokens
 
@@ -252,7 +255,7 @@ def test_a_model_that_cannot_take_tokens_back_gets_no_draft() -> None:
             return context
 
     engine = Engine(FakeVocabulary(), Recurrent(n_batch=40))
-    asked = request(PAIR, max_tokens=30, drafts=Drafts([source(*tokens, is_answer=True)]))
+    asked = request(PAIR, max_tokens=30, drafts=Drafts(NOTHING, [source(*tokens, is_answer=True)]))
     generation = engine.submit(asked)
     while engine.step():
         pass
@@ -268,9 +271,9 @@ def test_real_models_write_the_same(any_model: Model, make_context: MakeContext)
         for temperature in (0.0, 1.0):
             drafts = None
             if kind == "right":
-                drafts = Drafts([source(*found[int(temperature)][0], is_answer=True)])
+                drafts = Drafts(NOTHING, [source(*found[int(temperature)][0], is_answer=True)])
             elif kind == "at hand":
-                drafts = Drafts([source(*branches[1], min_match=1)])
+                drafts = Drafts(NOTHING, [source(*branches[1], min_match=1)])
             sampler = Sampler(PLAIN.replace(temperature=temperature, seed=3))
             acting = mixture(2, 2.0, 0.1)
             asked = Request(branches, acting, sampler, max_tokens=40, drafts=drafts)

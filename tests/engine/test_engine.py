@@ -38,7 +38,7 @@ from amulet_gguf.engine import engine as engine_module
 from amulet_gguf.engine import generation as generation_module
 from amulet_gguf.engine import sequences as sequences_module
 from amulet_gguf.engine.answer import Piece
-from amulet_gguf.engine.drafts import Drafts, Source
+from amulet_gguf.engine.drafts import Drafts, TextSource
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import (
@@ -325,7 +325,13 @@ def drafts_of(kind: str, answer: list[int], branches: list[list[int]]) -> Drafts
         "at hand": [*branches[0], *answer[::-1]],
     }
     text = np.array(texts[kind], np.int32)
-    return Drafts([Source(text, min_match=1, accepted=1.0, is_answer=True)]) if texts[kind] else None
+    return (
+        Drafts(
+            np.empty(0, np.int32), [TextSource("text", text, min_match=1, accepted=1.0, is_answer=True)]
+        )
+        if texts[kind]
+        else None
+    )
 
 
 class Schedules(RuleBasedStateMachine):

@@ -12,7 +12,7 @@ from fixture_types import MakeContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amulet_gguf.engine.drafts import Drafts, Source
+from amulet_gguf.engine.drafts import Drafts, TextSource
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation, Request
 from amulet_gguf.errors import EngineError
@@ -68,7 +68,13 @@ def test_reuse_writes_what_reading_all_writes(
         expected = alone(one, n_ctx=96)[0]
         if is_drafted:  # some guesses right, some wrong: those must leave nothing cached
             text = np.array([token if i % 4 else 5 for i, token in enumerate(expected)], np.int32)
-            one = replace(one, drafts=Drafts([Source(text, min_match=1, accepted=1.0, is_answer=True)]))
+            one = replace(
+                one,
+                drafts=Drafts(
+                    np.empty(0, np.int32),
+                    [TextSource("text", text, min_match=1, accepted=1.0, is_answer=True)],
+                ),
+            )
         assert run(engine, one)[0] == expected
 
 
