@@ -1,50 +1,35 @@
 #!/usr/bin/env python
 """Usage: python scripts/bench_branches.py [MODEL [TOKENS [ROUNDS]]]
 
-What branches cost that are not needed, and what drafts save: whole answers, sampled, in turns within one
-run, as time per token over that of the plain model; medians of the rounds.
+What branches cost that are not needed: whole answers, sampled, in turns within one run, as time per
+token over that of the plain model, medians of the rounds. And how many tokens need no base at all.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import sys
 import time
 
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.conversation.turns import Conversation
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.llama.threads import default_threads
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings
 
 STORY = "Write a long story about a lighthouse keeper and the sea, with many details, in ten paragraphs."
-TEXT = (
-    "The report is late because two of the people who were to write it have been ill since the start of "
-    "the month. We will send it on Friday. Do not call the office before then, as nobody can tell you "
-    "more. The numbers that you asked for in your letter of the third are attached; check them, and "
-    "tell us by Monday whether they are what you need. If they are not, we cannot help you before the "
-    "end of the year, when everybody is back and the books are closed."
-)
 
 
-def timed(
-    amulet: Amulet,
-    prompt: str,
-    settings: Settings,
-    *,
-    is_adjustable: bool = False,
-    draft: str | None = None,
-) -> tuple[float, str]:
-    """Return seconds per token of a whole answer, without drafts unless there is one, and its text."""
+def timed(amulet: Amulet, settings: Settings, *, is_adjustable: bool) -> float:
+    """Return seconds per token of a whole answer."""
 
     def plan(planner: Planner, resolved: Settings) -> Request:
-        request = planner.request(prompt, None, resolved, is_adjustable=is_adjustable, draft=draft)
-        return request if draft is not None else dataclasses.replace(request, drafts=None)
+        return planner.request(STORY, None, resolved, is_adjustable=is_adjustable)
 
     begin = time.perf_counter()
     answer = amulet.start(plan, settings, is_adjustable=is_adjustable).answer()
-    return (time.perf_counter() - begin) / len(answer.pieces), answer.text
+    return (time.perf_counter() - begin) / len(answer.pieces)
 
 
 def branches(amulet: Amulet, n: int, rounds: int) -> None:
@@ -66,7 +51,7 @@ def branches(amulet: Amulet, n: int, rounds: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(rounds):
         for name, (settings, is_adjustable) in kinds.items():
-            times[name].append(timed(amulet, STORY, settings, is_adjustable=is_adjustable)[0])
+            times[name].append(timed(amulet, settings, is_adjustable=is_adjustable))
     for name, each in times.items():
         ratio = statistics.median(a / b for a, b in zip(each, times["plain"], strict=True))
         print(f"{name:<34} {1000 * statistics.median(each):6.1f} ms per token {ratio:6.2f} x plain")
@@ -89,21 +74,17 @@ def catch_up(amulet: Amulet, n: int) -> None:
         print(f"first token after {n} at strength 1: {1000 * (time.perf_counter() - begin):.0f} ms")
 
 
-def drafts(amulet: Amulet, n: int, rounds: int) -> None:
-    """Compare answers with and without drafts: greedy, by time per token."""
-    restyled = Settings(prefer="uplifting", strength=4, fade=0, max_tokens=n)
-    rewritten = Settings(prefer="Be warm.", strength=3, fade=0, max_tokens=n)
-    rewrite = f"Make this friendlier, and change as little as you can:\n\n{TEXT}"
-    old = timed(amulet, STORY, restyled.replace(strength=3))[1]
-    for name, prompt, settings, draft in (
-        ("restyle from strength 3 to 4", STORY, restyled, old),
-        ("rewrite, with the text as draft", rewrite, rewritten, TEXT),
-    ):
-        ratios = [
-            timed(amulet, prompt, settings)[0] / timed(amulet, prompt, settings, draft=draft)[0]
-            for _ in range(rounds)
-        ]
-        print(f"{name:<34} {statistics.median(ratios):.2f} x as fast as without")
+def decided(amulet: Amulet, n: int) -> None:
+    """Count the tokens that ordinary prompting decides alone: at plausibility a, one that it gives more
+    than 1 / (1 + a) leaves no other."""
+    likely, all_of = 0, 0
+    for prompt in ("What is a black hole?", "How do I learn to cook?", "Plan a day in Rome.", STORY):
+        for preference in ("concise", "creative", "uplifting"):
+            turn = Conversation(amulet).ask(prompt, prefer=preference, max_tokens=n)
+            probabilities = [p.explanation.prompted for p in turn if p.explanation is not None]
+            likely += sum(p > 1 / (1 + Settings().plausibility) for p in probabilities)
+            all_of += len(probabilities)
+    print(f"tokens that ordinary prompting decides alone: {100 * likely / all_of:.0f} % of {all_of}")
 
 
 def main() -> None:
@@ -115,7 +96,7 @@ def main() -> None:
         print(f"{amulet.model.path.name}, {threads} threads, answers of {n} tokens at most")
         branches(amulet, n, rounds)
         catch_up(amulet, min(n, 200))
-        drafts(amulet, n, rounds)
+        decided(amulet, n)
 
 
 if __name__ == "__main__":

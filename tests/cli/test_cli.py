@@ -348,7 +348,7 @@ def test_compare_shows_four_answers_and_marks_what_changed() -> None:
 
 @pytest.mark.model
 def test_bench_measures_all_it_names() -> None:
-    result = amulet("bench", "--rounds", "3", "--json")
+    result = amulet("bench", "--rounds", "3", "--rows", "--drafts", "--json")
     record = json.loads(result.stdout)
     assert result.stdout.count(b"\n") == 1
     for name in (
@@ -361,6 +361,13 @@ def test_bench_measures_all_it_names() -> None:
         "resident_bytes",
     ):
         assert record[name] > 0
+    assert [each["rows"] for each in record["rows"]] == [1, 2, 4, 8, 16, 32]
+    assert all(each["abreast_ms"] > 0 < each["drafts_ms"] for each in record["rows"])
+    for each in record["drafts"]:
+        assert each["speed"] > 0
+        assert each["tokens_per_step"] >= 1
+        assert all(0 <= right <= guessed for right, guessed in each["guesses"].values())
+    assert "old answer" in record["drafts"][0]["guesses"]
     assert record["n_vocab"] == 49152
     assert record["large"]["n_vocab"] == 151_936
     assert record["threads"] >= 1
