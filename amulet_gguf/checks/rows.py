@@ -119,7 +119,7 @@ def measure_drafts(amulet: Amulet, rounds: int, progress: Progress) -> list[Draf
         ("restyle: strength 3 to 4", _STORY, old),
         (
             "rewrite: make this friendlier",
-            f"Make this friendlier, and change as little as you can:\n\n{_TEXT}",
+            f"Make this friendlier:\n\n{_TEXT}",
             None,
         ),
         ("sum up", f"Sum up this letter in three sentences:\n\n{_TEXT}", None),

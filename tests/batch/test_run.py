@@ -86,7 +86,7 @@ def test_what_is_planned_holds_every_answer_and_fits_into_memory(
 ) -> None:
     records = make_records(30, max_tokens=40)
     plan = size_batch(tiny_model, records)
-    assert plan.parallel * 4 == plan.n_sequences == 16
+    assert plan.parallel * 4 == plan.n_sequences == 32
     amulet = Amulet.of(tiny_model, Loading(n_ctx=plan.n_ctx, n_threads=1), plan.n_sequences)
     for record, answer in answers(amulet, records, plan.parallel):
         assert isinstance(answer, Answer)
