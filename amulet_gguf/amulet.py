@@ -18,8 +18,9 @@ from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
 from amulet_gguf.models.find import find_model
+from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.prompts.template import Message
+from amulet_gguf.prompts.rendering import MAX_TEMPLATE
 from amulet_gguf.settings import Loading, LoadOptions, Options, Settings
 from amulet_gguf.stream import Job, JobOptions, OnPrefill, Plan, Stream
 
@@ -47,13 +48,37 @@ def load_model(
     if loading.rpc is None and (loading.n_gpu_layers == 0 or not can_offload()):
         n_ctx = MIN_N_CTX if n_sequences is None else loading.n_ctx
         check_fits(file, n_ctx, n_sequences or 1)
-    return Model(file, n_gpu_layers=loading.n_gpu_layers, rpc=loading.rpc, progress=progress)
+    return Model(
+        file,
+        n_gpu_layers=loading.n_gpu_layers,
+        rpc=loading.rpc,
+        chat_template=None if loading.chat_template is None else _read(loading.chat_template),
+        progress=progress,
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> str:
+    """Return a chat template.
+
+    Raises:
+        SettingError: it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise SettingError(f"there is no chat template {os.fspath(path)}", "chat_template")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(MAX_TEMPLATE + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise SettingError(f"cannot read {os.fspath(path)}: {reason}", "chat_template") from None
 
 
 @contextlib.contextmanager
 def _drafter(model: Model, loading: Loading, n_ctx: int) -> Iterator[Drafter]:
     """Load the draft model for as long as it is needed."""
-    small = dataclasses.replace(loading, model=loading.draft_model, n_ctx=n_ctx, rpc=None)
+    small = dataclasses.replace(
+        loading, model=loading.draft_model, n_ctx=n_ctx, rpc=None, chat_template=None
+    )
     with load_model(small, n_sequences=1) as drafting:
         check_vocabulary(drafting, model)
         with Context(

@@ -7,6 +7,7 @@ in `amulet_gguf.settings`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -21,15 +22,17 @@ from amulet_gguf.errors import SettingError, shown
 from amulet_gguf.preferences import as_preferences
 
 Kind: TypeAlias = Literal[
-    "number", "whole", "switch", "choice", "text", "texts", "path", "preferences", "biases"
+    "number", "whole", "switch", "choice", "text", "texts", "path", "preferences", "biases", "arguments"
 ]
 #: Kinds of which several values may be given, one at a time.
-SEVERAL: Final = ("texts", "preferences", "biases")
+SEVERAL: Final = ("texts", "preferences", "biases", "arguments")
 _SWITCH: Final = {
     "true": True, "on": True, "yes": True, "false": False, "off": False, "no": False,
 }  # fmt: skip
 
 
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_MAX_ARGUMENTS: Final = 65_536  # characters
 _ID: Final = re.compile(r"[0-9]{1,10}")
 _MAX_TEXTS: Final = 16_384  # characters; each token is compared with all of them
 _TYPES: Final[dict[Kind, tuple[type, ...]]] = {
@@ -138,6 +141,8 @@ class Setting:
             return as_preferences(value)
         if self.kind == "biases":
             return as_biases(name, value, self.low, self.high)
+        if self.kind == "arguments":
+            return as_arguments(name, value)
         if self.kind == "texts":
             return _as_texts(name, value)
         if self.is_number:
@@ -238,3 +243,47 @@ def _pair(name: str, item: Any) -> tuple[Any, Any]:
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return item[0], item[1]
     raise SettingError(f"{name}: expected a token and its bias, got {shown(item)}", name)
+
+
+def as_arguments(name: str, value: Any) -> tuple[tuple[str, str], ...]:
+    """Return values by name in one form: (name, JSON) pairs, by their names, the last of each.
+
+    Args:
+        value: a mapping to JSON values, or (name, value) pairs or texts as NAME=VALUE, whose values are
+            JSON if they can be read as such, and else texts.
+    """
+    if value is None:
+        return ()
+    items: Iterable[Any] = [value] if isinstance(value, str) else value
+    if isinstance(value, Mapping):
+        items = (
+            (key, json.dumps(each) if isinstance(each, str) else each) for key, each in value.items()
+        )
+    elif not isinstance(value, Iterable):
+        raise SettingError(f"{name} must give values to names, got {shown(value)}", name)
+    found: dict[str, str] = {}
+    for item in items:
+        key, text = _argument(name, item)
+        if not isinstance(key, str) or not _NAME.fullmatch(key):
+            raise SettingError(f"{name}: {shown(key)} is no name", name)
+        if isinstance(text, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                text = json.loads(text)
+        try:
+            found[key] = json.dumps(text, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise SettingError(f"{name}: the value of {key} is not JSON: {shown(text)}", name) from None
+    if sum(map(len, found.values())) > _MAX_ARGUMENTS:
+        raise SettingError(f"{name}: at most {_MAX_ARGUMENTS} characters in all", name)
+    return tuple(sorted(found.items()))
+
+
+def _argument(name: str, item: Any) -> tuple[Any, Any]:
+    if isinstance(item, str):
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise SettingError(f"{name}: expected NAME=VALUE, got {shown(item)}", name)
+        return key, text
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        return item[0], item[1]
+    raise SettingError(f"{name}: expected a name and its value, got {shown(item)}", name)

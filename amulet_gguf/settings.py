@@ -22,7 +22,12 @@ Placement: TypeAlias = Literal["turn", "system"]
 BiasesLike: TypeAlias = (
     Mapping[int, float] | Mapping[str, float] | Mapping[int | str, float] | Iterable[str] | None
 )
+#: What `template_args` takes: JSON values by name, (name, value) pairs, or texts as NAME=VALUE.
+ArgumentsLike: TypeAlias = Mapping[str, Any] | Iterable[tuple[str, Any]] | Iterable[str] | None
 
+_TEMPLATE_NAMES: Final = frozenset({
+    "messages", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token", "eos_token",
+})  # fmt: skip
 #: The reference implementation's system prompt. It ends in the space that separates the preference.
 PAPER_SYSTEM: Final = (
     "You are an AI designed to provide the most helpful, clear, and concise responses. Focus on giving "
@@ -59,6 +64,7 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: BiasesLike
     seed: int | None
+    template_args: ArgumentsLike
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,14 @@ class Settings(Declared):
         metavar="TOKEN:BIAS",
     )
     seed: int | None = setting(None, "Same seed, same text.", "whole", low=0, high=2**64 - 1)
+    template_args: tuple[tuple[str, str], ...] = setting(
+        (),
+        "A name for the model's chat template, and its value, JSON or a text: enable_thinking=false. "
+        "Repeatable.",
+        "arguments",
+        flag="--template-arg",
+        metavar="NAME=VALUE",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,6 +208,11 @@ class Settings(Declared):
             except SettingError as error:
                 raise SettingError(str(error), "avoid") from None
             object.__setattr__(self, "avoid", avoid)
+        taken = _TEMPLATE_NAMES.intersection(name for name, _ in self.template_args)
+        if taken:
+            raise SettingError(
+                f"template_args: {min(taken)} is given to templates as it is", "template_args"
+            )
         total = math.fsum(abs(preference.weight) for preference in self.prefer)
         most = max(abs(self.strength or 0), self.fade_to or 0)
         if most * total > SETTINGS["strength"].high:
@@ -270,6 +289,7 @@ class LoadOptions(TypedDict, total=False):
     n_batch: int | None
     rpc: str | None
     draft_model: str | os.PathLike[str] | None
+    chat_template: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)
@@ -329,6 +349,13 @@ class Loading(Declared):
         "path",
         metavar="TEXT",
     )
+    chat_template: str | os.PathLike[str] | None = setting(
+        None,
+        "A file with the chat template (Jinja) to use.",
+        "path",
+        metavar="FILE",
+        otherwise="the model's own",
+    )
 
     @property
     def options(self) -> LoadOptions:
@@ -340,6 +367,7 @@ class Loading(Declared):
             "n_batch": self.n_batch,
             "rpc": self.rpc,
             "draft_model": self.draft_model,
+            "chat_template": self.chat_template,
         }
 
 

@@ -23,7 +23,8 @@ from amulet_gguf.method import mixture
 from amulet_gguf.method.facts import Facts
 from amulet_gguf.method.realign import combine_unchecked
 from amulet_gguf.preferences import PRESETS
-from amulet_gguf.prompts.template import ChatTemplate, conversation, with_preference
+from amulet_gguf.prompts.messages import conversation, with_preference
+from amulet_gguf.prompts.template import ChatTemplate
 
 PROMPT = "How do I ask for a raise?"
 

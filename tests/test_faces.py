@@ -48,6 +48,10 @@ SAMPLES: dict[str, tuple[Any, str]] = {
     "frequency_penalty": (-0.5, "-0.5"),
     "logit_bias": ({"42": -100, "sea": 2.5}, '{"42": -100, "sea": 2.5}'),
     "seed": (1, "1"),
+    "template_args": (
+        {"enable_thinking": False, "date": "May"},
+        '{"enable_thinking": false, "date": "May"}',
+    ),
 }
 
 
@@ -61,6 +65,8 @@ def typed(name: str) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     if SETTINGS[name].kind == "switch":
         return [option if value else SETTINGS[name].off]
+    if name == "template_args":
+        return ["--template-arg", "enable_thinking=false", "--template-args", "date=May"]
     if isinstance(value, dict):
         return [word for token, bias in value.items() for word in (option, f"{token}:{bias}")]
     return [option, SAMPLES[name][1]]
@@ -170,6 +176,7 @@ def test_options_of_llm(name: str) -> None:
         ("rpc", "a:1"),
         ("model", "m"),
         ("draft_model", "m"),
+        ("chat_template", "t.jinja"),
     ],
 )
 def test_ways_to_load_a_model(name: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from amulet_gguf.errors import SettingError
 from amulet_gguf.method.realign import strength
 from amulet_gguf.preferences import PRESETS, Preference
-from amulet_gguf.prompts.template import with_preference
+from amulet_gguf.prompts.messages import with_preference
 from amulet_gguf.settings import PAPER_SYSTEM, SETTINGS, Options, Settings
 
 FIELDS = [field.name for field in dataclasses.fields(Settings)]
@@ -79,7 +79,18 @@ def test_whole_numbers_are_not_floats(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     sorted(
-        set(FIELDS) - {"prefer", "avoid", "system", "seed", "strength", "fade", "fade_to", "logit_bias"}
+        set(FIELDS)
+        - {
+            "prefer",
+            "avoid",
+            "system",
+            "seed",
+            "strength",
+            "fade",
+            "fade_to",
+            "logit_bias",
+            "template_args",
+        }
     ),
 )
 def test_none_is_refused_where_it_has_no_meaning(name: str) -> None:
@@ -201,6 +212,7 @@ def test_the_papers_settings() -> None:
         "frequency_penalty": 0.0,
         "logit_bias": (),
         "seed": None,
+        "template_args": (),
     }
     assert Settings.paper().prefer == ()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from amulet_gguf.errors import AmuletError, BatchError, PromptError, SettingError
-from amulet_gguf.prompts.template import Message, conversation
+from amulet_gguf.prompts.messages import Message, conversation
 from amulet_gguf.settings import SETTINGS, Settings
 
 _PROMPTS: Final = ("prompt", "question", "messages")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @prompt_options
 @settings_options
 @loading_options
+@click.option("--prefill", metavar="TEXT", help="Go on with an answer that begins with this.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of the text.")
 @click.option(
     "--stats/--no-stats", default=None, help="Counts and speed on stderr. [default: on a terminal]"
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 def generate(
     prompt: str | None,
     file: str | None,
+    prefill: str | None,
     as_json: bool,
     stats: bool | None,
     **options: Any,
@@ -50,6 +52,9 @@ def generate(
     """
     loading, settings = loading_from(options), settings_from(options)
     text = read_prompt(prompt, file)
+    messages = [{"role": "user", "content": text}]
+    if prefill:
+        messages.append({"role": "assistant", "content": prefill})
 
     from amulet_gguf.cli.terminal import LateBar, Output
 
@@ -57,7 +62,7 @@ def generate(
     with (
         loaded(loading, n_sequences=settings.n_branches) as amulet,
         LateBar("Reading the prompt") as bar,
-        amulet.stream(text, settings=settings, on_prefill=bar.update) as stream,
+        amulet.stream(messages=messages, settings=settings, on_prefill=bar.update) as stream,
     ):
         if settings.avoid and settings.prefer and (stream.settings.strength or 0) <= 1:
             click.echo(f"{IDLE_AVOID}: try --strength 3", err=True)
@@ -71,7 +76,7 @@ def generate(
         if as_json:
             # As `amulet batch` reads it: prompt and settings, and beside them the answer.
             record = {
-                "prompt": text,
+                **({"messages": messages} if prefill else {"prompt": text}),
                 **settings.as_record(),
                 "text": stream.text,
                 "finish_reason": stream.pieces[-1].finish_reason,

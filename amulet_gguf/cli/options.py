@@ -99,10 +99,10 @@ class _Number(click.ParamType):  # type: ignore[type-arg]
 def _option(name: str, declared: Setting) -> Callable[[Command], Command]:
     """Return the option of a setting: None, or () of several, where it is not typed."""
     long = f"--{name.replace('_', '-')}"
-    names = [declared.flag, long] if declared.flag else [long]
+    names = [name, declared.flag, long] if declared.flag else [name, long]
     more: dict[str, Any] = {"metavar": declared.metavar or None}
     if declared.kind == "switch":
-        names = [f"{long}/{declared.off}"]
+        names = [name, f"{long}/{declared.off}"]
         more = {}
     elif declared.kind == "choice":
         more = {"type": click.Choice(declared.choices)}

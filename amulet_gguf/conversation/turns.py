@@ -14,8 +14,9 @@ from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.answer import Piece
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.errors import PromptError
+from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.prompts.template import Encoded, Message
+from amulet_gguf.prompts.template import Encoded
 from amulet_gguf.settings import Options, Settings
 from amulet_gguf.stream import AnswerStream, JobOptions, OnPrefill, Plan
 
@@ -156,7 +157,8 @@ class Conversation(Generic[AnyStream]):
         That is all of it up to the end of an answer, if the base read so far: where the last answer did
         not need it (strength 1), up to the one before.
         """
-        transcripts, engine = self.amulet.planner.transcripts, self.amulet.engine
+        transcripts = self.amulet.planner.transcripts(self.settings)
+        engine = self.amulet.engine
         found = None
         for end in self._ends():
             whole = transcripts.whole(self._base(end))
@@ -176,7 +178,7 @@ class Conversation(Generic[AnyStream]):
             EngineError: it does not fit this model or context.
         """
         self.amulet.engine.restore(cached.tokens, data)
-        transcripts = self.amulet.planner.transcripts
+        transcripts = self.amulet.planner.transcripts(self.settings)
         for end in self._ends():
             if transcripts.whole(self._base(end)).text == cached.text:
                 transcripts.learn(self._base(end), cached)

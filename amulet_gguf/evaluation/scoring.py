@@ -12,8 +12,8 @@ from amulet_gguf.engine.likelihood import Likelihood
 from amulet_gguf.errors import SettingError
 from amulet_gguf.method.arrays import Float64Array, Tokens
 from amulet_gguf.method.sampling import log_sum
+from amulet_gguf.prompts.messages import conversation, with_preference
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.prompts.template import conversation, with_preference
 from amulet_gguf.settings import Loading
 
 _N_PROMPTS: Final = 3  # prompts kept in the cache: answers come grouped by question and preference

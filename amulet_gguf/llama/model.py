@@ -99,6 +99,7 @@ class Model:
         n_vocab: tokens of the vocabulary, V.
         n_ctx_train: tokens of context the model was trained on.
         n_gpu_layers: layers asked to run on the GPU; -1 means all.
+        chat_template: Jinja, or None: its file has none, and nobody gave another.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Model:
         *,
         n_gpu_layers: int | None = None,
         rpc: str | None = None,
+        chat_template: str | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """Load a model.
@@ -117,6 +119,7 @@ class Model:
                 can offload, else 0.
             rpc: RPC servers whose devices count as GPUs, "HOST:PORT,HOST:PORT". All models that the
                 process loads later use them too.
+            chat_template: instead of the file's own.
             progress: called with the fraction loaded, from 0 to 1.
 
         Raises:
@@ -145,6 +148,7 @@ class Model:
             raise
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(self._model))
+        self.chat_template = chat_template or self.metadata("tokenizer.chat_template")
 
     def __enter__(self) -> Model:
         return self
@@ -198,11 +202,6 @@ class Model:
             buffer = ctypes.create_string_buffer(size + 1)
             size = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return None if size < 0 else buffer.value.decode("utf-8", "replace")
-
-    @property
-    def chat_template(self) -> str | None:
-        """The file's own chat template (Jinja), if it has one."""
-        return self.metadata("tokenizer.chat_template")
 
     @property
     def n_parameters(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
@@ -21,7 +22,8 @@ from amulet_gguf.method.mixture import (
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.methods import resolve
 from amulet_gguf.preferences import Preference
-from amulet_gguf.prompts.template import ChatTemplate, Message, conversation, with_preference
+from amulet_gguf.prompts.messages import Message, conversation, with_preference
+from amulet_gguf.prompts.template import ChatTemplate
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
 
@@ -41,11 +43,19 @@ class Planner:
             PromptError: the template is not valid.
         """
         self.template = ChatTemplate(model)
-        self.transcripts = Transcripts(self.template, model.token_bytes)
+        self._transcripts = lru_cache(maxsize=16)(self._new_transcripts)
         self._model = model
         self._drafter = drafter
         # A slider asks again at every move.
         self._echo_tokens = lru_cache(maxsize=64)(partial(echo_tokens, model))
+
+    def transcripts(self, settings: Settings) -> Transcripts:
+        """Return what was written where the chat template was given the same names."""
+        return self._transcripts(settings.template_args)
+
+    def _new_transcripts(self, arguments: tuple[tuple[str, str], ...]) -> Transcripts:
+        names = {name: json.loads(value) for name, value in arguments}
+        return Transcripts(self.template.given(names), self._model.token_bytes)
 
     def request(
         self,
@@ -81,14 +91,17 @@ class Planner:
             branches = [self.template.encode_text(text, texts[branch]) for branch in needed.branches]
         else:
             base = self.base(prompt, messages, settings)
-            known = self.transcripts.known(base) if reuse else None
+            transcripts = self.transcripts(settings)
+            known = transcripts.known(base) if reuse else None
             placement = _placement(settings)
             branches = [
-                self.template.encode(with_preference(base, texts[branch], placement), known).tokens
+                transcripts.template.encode(
+                    with_preference(base, texts[branch], placement), known
+                ).tokens
                 for branch in needed.branches
             ]
-            if reuse:
-                on_end = partial(self.transcripts.note, base)
+            if reuse and base[-1]["role"] == "user":
+                on_end = partial(transcripts.note, base)
         return Request(
             branches=branches,
             mixture=self._mixture(settings, needed),

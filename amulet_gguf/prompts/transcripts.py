@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from amulet_gguf.prompts.template import ChatTemplate, Encoded, Message
+from amulet_gguf.prompts.messages import Message
+from amulet_gguf.prompts.template import ChatTemplate, Encoded
 
 _MAX_ANSWERS: Final = 64
 
@@ -34,10 +35,13 @@ class Transcripts:
 
     Messages are those of a base branch, without preferences. `note` may be called from any thread, and
     costs nothing: an answer is encoded when its conversation goes on.
+
+    Attributes:
+        template: that renders them.
     """
 
     def __init__(self, template: ChatTemplate, token_bytes: Callable[[int], bytes]) -> None:
-        self._template = template
+        self.template = template
         self._token_bytes = token_bytes
         self._noted: deque[tuple[Sequence[Message], Sequence[int]]] = deque(maxlen=_MAX_ANSWERS)
         self._answers: OrderedDict[bytes, _Answer] = OrderedDict()
@@ -73,9 +77,7 @@ class Transcripts:
         """Return a conversation up to the end of its last answer, whoever wrote that."""
         known = self.known(messages)
         *before, last = messages
-        whole = self._template.answered(
-            self._template.encode(before, self.known(before)), last["content"]
-        )
+        whole = self.template.answered(self.template.encode(before, self.known(before)), last["content"])
         return known if known is not None and known.text == whole.text else whole
 
     def _add(self, answer: _Answer) -> None:
@@ -87,8 +89,8 @@ class Transcripts:
 
     def _encoded(self, answer: _Answer) -> Encoded:
         if answer.encoded is None:
-            prompt = self._template.encode(answer.messages, self.known(answer.messages))
-            answer.encoded = self._template.answered(prompt, answer.text, answer.tokens)
+            prompt = self.template.encode(answer.messages, self.known(answer.messages))
+            answer.encoded = self.template.answered(prompt, answer.text, answer.tokens)
         return answer.encoded
 
 

@@ -34,7 +34,11 @@ _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "suffix": ("",),
 }
 #: What other programs call some of them.
-_ALIASES: Final = {"negative_prompt": "avoid", "guidance_scale": "strength"}
+_ALIASES: Final = {
+    "negative_prompt": "avoid",
+    "guidance_scale": "strength",
+    "chat_template_kwargs": "template_args",
+}
 #: Settings that a request may have; a system prompt is one of its messages.
 _SETTINGS: Final = tuple(name for name in SETTINGS if name != "system")
 
@@ -50,7 +54,7 @@ class TextPart(_Asked):
 
 class ChatMessage(_Asked):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
 
 
 class StreamOptions(_Asked):
@@ -152,9 +156,10 @@ def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
         extra = message.model_extra or {}
         if extra.get("tool_calls") or extra.get("function_call"):
             raise RequestError(400, "tool calls are not supported by this server", param="messages")
-        text = _text(message.content)
+        if message.content is None and message.role != "assistant":
+            raise RequestError(400, f"a message of the {message.role} needs content", param="messages")
         role = "system" if message.role == "developer" else message.role
-        found.append({"role": role, "content": text})
+        found.append({"role": role, "content": _text(message.content or "")})
     return found
 
 

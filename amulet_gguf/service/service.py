@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.generation import Request
 from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
+from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.prompts.template import Message
 from amulet_gguf.service.stream import ServiceJob, ServiceStream
 from amulet_gguf.settings import LoadOptions, Options, Settings
 from amulet_gguf.stream import Action, JobOptions, OnPrefill, Plan

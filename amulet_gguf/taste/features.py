@@ -11,7 +11,7 @@ from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.likelihood import Likelihood
 from amulet_gguf.errors import NonFiniteLogitsError, PromptTooLongError
 from amulet_gguf.method.arrays import Float64Array, Tokens
-from amulet_gguf.prompts.template import Message, with_preference
+from amulet_gguf.prompts.messages import Message, with_preference
 from amulet_gguf.settings import Settings
 from amulet_gguf.taste.learning import MAX_RATIO
 

@@ -347,6 +347,33 @@ def test_compare_shows_four_answers_and_marks_what_changed() -> None:
 
 
 @pytest.mark.model
+def test_an_answer_goes_on_with_its_beginning() -> None:
+    told = ("generate", "Name a colour.", "--prefill", "My favourite colour is", "-n", "6")
+    result = run(*told)
+    assert result.exit_code == 0
+    assert not result.stdout.startswith("My")
+    record = json.loads(run(*told, "--json").stdout)
+    assert record["text"] == result.stdout.removesuffix("\n")
+    assert record["messages"][1] == {"role": "assistant", "content": "My favourite colour is"}
+    assert "prompt" not in record
+
+
+@pytest.mark.model
+def test_another_chat_template_is_used(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ 'Q: ' + messages[0].content + '\nA: ' + (begin or '') }}")
+    told = ("generate", "Name a colour.", "-n", "4", "--chat-template", str(file), "--json")
+    plain = json.loads(run(*told, "--template-arg", "begin=").stdout)
+    longer = json.loads(run(*told, "--template-arg", "begin=The colours are red, green and").stdout)
+    assert longer["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+    file.write_text("{% for %}")
+    assert "chat template is not valid" in run(*told).stderr
+    assert "there is no chat template" in run(*told[:-2], str(tmp_path)).stderr
+    file.write_bytes(b"\xff\xfe")
+    assert "it is not UTF-8" in run(*told).stderr
+
+
+@pytest.mark.model
 def test_bench_measures_all_it_names() -> None:
     result = amulet("bench", "--rounds", "3", "--rows", "--drafts", "--json")
     record = json.loads(result.stdout)

@@ -120,7 +120,7 @@ def test_answers_are_those_of_a_conversation_read_at_once(amulet: Amulet) -> Non
     conversation = Conversation(amulet, Settings(prefer="concise", max_tokens=8))
     for text in ("What is rain?", "And snow?"):
         ask(conversation, text)
-    known = amulet.planner.transcripts.known(conversation.messages)
+    known = amulet.planner.transcripts(conversation.settings).known(conversation.messages)
     assert known is not None
     messages = [*conversation.messages, {"role": "user", "content": "And hail?"}]
     encoded = amulet.planner.template.encode(messages)
@@ -257,7 +257,7 @@ def test_a_cache_is_saved_as_far_as_the_base_has_read(amulet: Amulet, strength: 
     assert saved is not None
     cached, _ = saved
     first, second = (turn["content"] for turn in conversation.messages if turn["role"] == "assistant")
-    whole = amulet.planner.transcripts.whole(conversation.messages)
+    whole = amulet.planner.transcripts(conversation.settings).whole(conversation.messages)
     if strength == 1:  # the second answer did not need the base, which has not read it yet
         assert first in cached.text
         assert second not in cached.text

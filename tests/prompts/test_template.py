@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from amulet_gguf.errors import PromptError, SettingError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.preferences import PRESETS
-from amulet_gguf.prompts.template import CHATML, ChatTemplate, conversation, with_preference
+from amulet_gguf.prompts.messages import conversation, with_preference
+from amulet_gguf.prompts.template import CHATML, ChatTemplate
 from amulet_gguf.settings import PAPER_SYSTEM, Settings
 
 FRAGMENTS = [
@@ -151,7 +152,7 @@ def test_the_papers_prompts_are_its_format_string() -> None:
         (lambda: conversation(None, [{"role": "assistant", "content": "a"}], None), "must end"),
         (lambda: conversation(None, [{"role": "tool", "content": "a"}], None), "role must be one of"),
         (lambda: conversation(None, [{"role": "user"}], None), "needs a role and content"),
-        (lambda: conversation(None, [{"role": "user", "content": 3}], None), "must be a text"),  # type: ignore[dict-item]
+        (lambda: conversation(None, [{"role": "user", "content": 3}], None), "must be a text"),
         (
             lambda: conversation(
                 None, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "c"

@@ -25,7 +25,7 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def transcripts(load: Load) -> Transcripts:
-    return Planner(load("llama")).transcripts
+    return Planner(load("llama")).transcripts(Settings())
 
 
 def spelled(model: Model, text: str) -> list[int]:

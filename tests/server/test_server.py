@@ -326,6 +326,14 @@ BAD: list[tuple[Any, int]] = [
     ({**ASKED, "tools": [], "presence_penalty": 0, "user": "me", "logit_bias": None}, 200),
     ({**ASKED, "messages": [{"role": "user", "content": "<|im_end|><s> \ud800 \x00 \u202e"}]}, 200),
     ({**ASKED, "messages": [{"role": "developer", "content": "Be kind."}, *HI]}, 200),
+    ({**ASKED, "messages": [*HI, {"role": "assistant", "content": None}, *HI]}, 200),
+    ({**ASKED, "messages": [*HI, {"role": "assistant", "content": "So"}]}, 200),
+    ({**ASKED, "messages": [{"role": "assistant", "content": "So"}]}, 400),
+    ({**ASKED, "messages": [{"role": "user"}]}, 400),
+    ({**ASKED, "messages": [{"role": "user", "content": None}]}, 400),
+    ({**ASKED, "chat_template_kwargs": {"enable_thinking": False}}, 200),
+    ({**ASKED, "chat_template_kwargs": {"messages": []}}, 400),
+    ({**ASKED, "chat_template_kwargs": 3}, 400),
 ]
 
 
