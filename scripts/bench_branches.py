@@ -96,7 +96,7 @@ def main() -> None:
         print(f"{amulet.model.path.name}, {threads} threads, answers of {n} tokens at most")
         branches(amulet, n, rounds)
         catch_up(amulet, min(n, 200))
-        decided(amulet, n)
+        decided(amulet, min(n, 100))
 
 
 if __name__ == "__main__":
