@@ -12,16 +12,17 @@ from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.engine.drafter import Drafter, check_vocabulary
 from amulet_gguf.engine.drafts import N_OUTPUTS
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import SettingError
 from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.loading import Loading, LoadOptions
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
 from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.rendering import MAX_TEMPLATE
-from amulet_gguf.settings import Loading, LoadOptions, Options, Settings
+from amulet_gguf.settings import Options, Settings
 from amulet_gguf.stream import Job, JobOptions, OnPrefill, Plan, Stream
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Amulet:
             n_sequences: memory to begin with, in branches that can run at once: a generation takes one
                 for the base and one per preference. It grows when more are asked for.
             progress: called with the fraction loaded, from 0 to 1.
-            **options: fields of `amulet_gguf.settings.Loading`: n_ctx, n_gpu_layers, n_threads, …
+            **options: fields of `amulet_gguf.llama.loading.Loading`: n_ctx, n_gpu_layers, n_threads, …
 
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.

@@ -2,7 +2,7 @@
 
 The options of the command line and of `llm`, `/set`, profiles, records and columns of a batch, methods
 of an evaluation, requests to the server, and the checks of all of them are read off the declarations
-in `amulet_gguf.settings`.
+in `amulet_gguf.settings` and `amulet_gguf.llama.loading`.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Setting:
             expected = f"a {kind} from {self.low} to {self.high}"
             expected += "".join(f", or {word}" for word in self.words)
         elif self.kind == "switch":
-            expected = "true or false"
+            expected = "true or false" + (" or None" if self.default is None else "")
         elif self.kind == "choice":
             expected = f"one of {', '.join(self.choices)}"
         else:

@@ -14,8 +14,9 @@ import llm
 from pydantic import Field, create_model
 
 from amulet_gguf.declaration import Kind, Setting
+from amulet_gguf.llama.loading import LOADING, Loading
 from amulet_gguf.preferences import parse_preferences
-from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
+from amulet_gguf.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     from amulet_gguf.service.service import AmuletService
@@ -138,7 +139,7 @@ class AmuletModel(llm.Model):
             answer = _ask(prompt, turns, _system(prompt, responses))
             try:
                 if stream:
-                    yield from (piece.text for piece in answer if piece.text)
+                    yield from (p.text for p in answer if p.text and p.kind == "answer")
                 else:
                     yield answer.answer().text
             finally:
@@ -170,7 +171,7 @@ class AmuletAsyncModel(llm.AsyncModel):
             try:
                 if stream:
                     async for piece in answer:
-                        if piece.text:
+                        if piece.text and piece.kind == "answer":
                             yield piece.text
                 else:
                     yield (await answer.answer_async()).text

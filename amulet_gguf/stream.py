@@ -8,9 +8,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
-from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
+from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage, joined
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Generation, Request
+from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import AmuletError, SettingError
 from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.planning import Planner
@@ -195,8 +196,8 @@ class AnswerStream(Iterator[Piece]):
 
     @property
     def text(self) -> str:
-        """What was taken so far."""
-        return "".join(piece.text for piece in self.pieces)
+        """What was taken of the answer so far, without thoughts."""
+        return joined(self.pieces)
 
     @property
     def usage(self) -> Usage:

@@ -13,7 +13,7 @@ import time
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.conversation.turns import Conversation
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request
 from amulet_gguf.llama.threads import default_threads
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings

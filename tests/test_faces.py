@@ -20,9 +20,10 @@ from amulet_gguf.cli import slash
 from amulet_gguf.cli.options import settings_options
 from amulet_gguf.declaration import SEVERAL
 from amulet_gguf.home.config import load_config
+from amulet_gguf.llama.loading import LOADING, Loading
 from amulet_gguf.methods import method
 from amulet_gguf.server.schema import ChatRequest
-from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
+from amulet_gguf.settings import SETTINGS, Settings
 
 #: For each setting a value, as JSON has it, and how it is typed.
 SAMPLES: dict[str, tuple[Any, str]] = {
@@ -52,6 +53,10 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         {"enable_thinking": False, "date": "May"},
         '{"enable_thinking": false, "date": "May"}',
     ),
+    "think": (False, "false"),
+    "think_effort": ("low", "low"),
+    "think_tokens": (9, "9"),
+    "align_thoughts": (True, "true"),
 }
 
 

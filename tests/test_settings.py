@@ -90,6 +90,9 @@ def test_whole_numbers_are_not_floats(name: str) -> None:
             "fade_to",
             "logit_bias",
             "template_args",
+            "think",
+            "think_effort",
+            "think_tokens",
         }
     ),
 )
@@ -213,6 +216,10 @@ def test_the_papers_settings() -> None:
         "logit_bias": (),
         "seed": None,
         "template_args": (),
+        "think": None,
+        "think_effort": None,
+        "think_tokens": None,
+        "align_thoughts": False,
     }
     assert Settings.paper().prefer == ()
 

@@ -21,8 +21,8 @@ from typing import Any, Final
 
 from amulet_gguf.batch.records import Record
 from amulet_gguf.errors import AmuletError, BatchError, EngineError, ModelNotFoundError, SettingError
+from amulet_gguf.llama.loading import Loading
 from amulet_gguf.models.find import find_model
-from amulet_gguf.settings import Loading
 
 #: Tries of a record whose workers end while they answer it; the last one without neighbours, which
 #: may have been the cause.

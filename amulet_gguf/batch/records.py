@@ -24,7 +24,7 @@ _MISSPELT: Final = (*SETTINGS, *_PROMPTS)
 _MAX_DEPTH: Final = 100
 #: What a record of the output holds; fields of the input with these names are not carried over.
 RESULT_FIELDS: Final = frozenset({
-    "line", "key", "text", "error", "finish_reason", "usage", "timings",
+    "line", "key", "text", "thought", "error", "finish_reason", "usage", "timings",
 })  # fmt: skip
 _SHOWN: Final = 60  # characters of a line that an error repeats
 _MAX_CELL: Final = 2**31 - 1  # a cell may hold a document; the module's own limit is 128 KB

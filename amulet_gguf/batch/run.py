@@ -143,6 +143,7 @@ def result(record: Record, answer: Answer | AmuletError) -> dict[str, Any]:
     return {
         **record.extra,
         "text": answer.text,
+        **({"thought": answer.thought} if answer.thought else {}),
         "finish_reason": answer.finish_reason,
         "usage": dataclasses.asdict(answer.usage),
     }

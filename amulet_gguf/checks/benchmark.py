@@ -13,7 +13,7 @@ import psutil
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.mixture import Mixture, coefficients

@@ -12,7 +12,7 @@ import numpy as np
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.drafts import Source
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request
 from amulet_gguf.llama.context import Context, max_sequences
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Settings

@@ -88,6 +88,9 @@ class Columns:
 
         from amulet_gguf.cli.terminal import printable
 
+        if pieces and all(piece.kind == "thought" for piece in pieces):
+            return Text("thinking…", style="dim")
+        pieces = [piece for piece in pieces if piece.kind == "answer"]
         marked = Text()
         for changed, run in itertools.groupby(pieces, key=lambda piece: piece.changed and self._marks):
             text = printable("".join(piece.text for piece in run))

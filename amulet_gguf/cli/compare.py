@@ -64,7 +64,7 @@ def compare(
                 "strength": compared[name].strength if compared[name].prefer else 0.0,
                 "text": answer.text,
                 "finish_reason": answer.finish_reason,
-                "pieces": [[piece.text, piece.changed] for piece in answer.pieces],
+                "pieces": [[p.text, p.changed] for p in answer.pieces if p.kind == "answer"],
                 "usage": dataclasses.asdict(answer.usage),
                 "timings": dataclasses.asdict(answer.timings),
             }

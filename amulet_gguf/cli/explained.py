@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.answer import Piece, joined
 
 #: Points shown with their alternatives.
 N_STRONGEST: Final = 5
@@ -55,7 +55,7 @@ def strongest(pieces: Sequence[Piece]) -> list[int]:
 
 def before(pieces: Sequence[Piece], index: int, n: int = 40) -> str:
     """Return the last n characters before a token, on one line."""
-    return " ".join("".join(piece.text for piece in pieces[:index]).split())[-n:]
+    return " ".join(joined(pieces[:index]).split())[-n:]
 
 
 def as_record(pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 @settings_options
 @loading_options
 @click.option("--prefill", metavar="TEXT", help="Go on with an answer that begins with this.")
+@click.option(
+    "--show-thoughts/--hide-thoughts",
+    "shows_thoughts",
+    default=None,
+    help="What a model thinks before it answers, on stderr. [default: on a terminal]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object instead of the text.")
 @click.option(
     "--stats/--no-stats", default=None, help="Counts and speed on stderr. [default: on a terminal]"
@@ -37,6 +43,7 @@ def generate(
     prompt: str | None,
     file: str | None,
     prefill: str | None,
+    shows_thoughts: bool | None,
     as_json: bool,
     stats: bool | None,
     **options: Any,
@@ -57,8 +64,11 @@ def generate(
         messages.append({"role": "assistant", "content": prefill})
 
     from amulet_gguf.cli.terminal import LateBar, Output
+    from amulet_gguf.engine.answer import joined
 
-    output = Output()
+    output, aside = Output(), Output(sys.stderr)
+    if shows_thoughts is None:
+        shows_thoughts = sys.stderr.isatty()
     with (
         loaded(loading, n_sequences=settings.n_branches) as amulet,
         LateBar("Reading the prompt") as bar,
@@ -69,9 +79,15 @@ def generate(
         try:
             for piece in stream:
                 bar.close()
-                if not as_json:
+                if piece.kind == "thought":
+                    if shows_thoughts:
+                        aside.write_dim(piece.text)
+                elif not as_json:
+                    if piece.text:
+                        aside.end_line()
                     output.write(piece.text)
         finally:
+            aside.end_line()
             output.end_line()
         if as_json:
             # As `amulet batch` reads it: prompt and settings, and beside them the answer.
@@ -79,6 +95,7 @@ def generate(
                 **({"messages": messages} if prefill else {"prompt": text}),
                 **settings.as_record(),
                 "text": stream.text,
+                **({"thought": thought} if (thought := joined(stream.pieces, "thought")) else {}),
                 "finish_reason": stream.pieces[-1].finish_reason,
                 "model": str(amulet.model.path),
                 "usage": dataclasses.asdict(stream.usage),

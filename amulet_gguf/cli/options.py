@@ -14,8 +14,9 @@ from click.shell_completion import CompletionItem
 
 from amulet_gguf.declaration import SEVERAL, Setting
 from amulet_gguf.errors import SettingError
+from amulet_gguf.llama.loading import LOADING, Loading
 from amulet_gguf.preferences import PRESETS
-from amulet_gguf.settings import LOADING, SETTINGS, Loading, Settings
+from amulet_gguf.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     from amulet_gguf.amulet import Amulet
@@ -125,7 +126,7 @@ def _bounds(declared: Setting) -> str:
     if declared.is_number and declared.default is not None:
         default = f"{declared.default:g}"
     elif declared.kind == "choice":
-        default = declared.default
+        default = declared.default or declared.otherwise
     if declared.is_number and (declared.words or not declared.otherwise):
         low, high = declared.low, declared.high
         parts.append(f"{low:g} to {high:.7g}" if high < 2**31 - 1 else f"from {low}")

@@ -15,7 +15,7 @@ from amulet_gguf.cli.options import (
     typed_settings,
 )
 from amulet_gguf.errors import ConfigError
-from amulet_gguf.settings import LOADING
+from amulet_gguf.llama.loading import LOADING
 
 
 @click.group()

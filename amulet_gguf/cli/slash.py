@@ -278,6 +278,9 @@ COMMANDS: Final[dict[str, Command]] = {
     "why": Command(
         "/why", "what the preferences changed in the last answer", lambda chat, _: chat.why()
     ),
+    "thoughts": Command(
+        "/thoughts", "what the model thought before its last answer", lambda chat, _: chat.thoughts()
+    ),
     "system": Command("/system [TEXT]", "show or set the system prompt; none removes it", _system),
     "set": Command(
         "/set NAME VALUE", "change a setting: temperature, max_tokens, …", _set, _setting_names

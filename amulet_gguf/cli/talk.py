@@ -84,17 +84,25 @@ class Chat:
 
             turn = self.conversation.ask(text, draft=draft, on_prefill=on_prefill)
             view.status = ""
+            begin, seconds = time.monotonic(), 0.0
             try:
                 for piece in turn:
-                    view.write(piece.text)
                     self._act(keys.poll(), turn)
-                    if settings.prefer:
+                    if piece.kind == "thought":
+                        seconds = time.monotonic() - begin
+                        view.status = f"thinking, {seconds:.0f} s   Ctrl-C stops"
+                        view.draw_soon()
+                    elif piece.text:
+                        view.write(piece.text)
+                    if settings.prefer and piece.kind == "answer":
                         view.status = f"{describe(turn.settings)}   Ctrl-↑ Ctrl-↓   Ctrl-C stops"
                     if keys.stop:
                         turn.cancel()
             finally:
                 turn.close()
             self.typed = keys.typed
+        if seconds:
+            self.tell(f"[thought for {seconds:.1f} s: /thoughts shows it]")
         self._report(turn)
         usage = turn.usage
         self.n_tokens = usage.prompt_tokens + usage.completion_tokens
@@ -139,6 +147,12 @@ class Chat:
         self.conversation.pieces = []
         self.n_tokens = pair.sizes[name]
         self.autosave()
+
+    def thoughts(self) -> None:
+        """Show what the model thought before its last answer."""
+        from amulet_gguf.engine.answer import joined
+
+        self.tell(joined(self.conversation.pieces, "thought").strip() or "there was no thought")
 
     def _act(self, keys: list[str], turn: Stream) -> None:
         step = STRENGTH_STEP * (keys.count("c-up") - keys.count("c-down"))

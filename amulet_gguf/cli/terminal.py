@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -74,6 +75,15 @@ class Output:
             self._line_is_open = not text.endswith("\n")  # first: an interrupt may follow the write
             self._stream.write(printable(text) if self._is_terminal else text)
             self._stream.flush()
+
+    def write_dim(self, text: str) -> None:
+        """Write what is beside the answer; dim on a terminal that can."""
+        if text and self._is_terminal and "NO_COLOR" not in os.environ:
+            self._line_is_open = not text.endswith("\n")
+            self._stream.write(f"\x1b[2m{printable(text)}\x1b[22m")
+            self._stream.flush()
+        else:
+            self.write(text)
 
     def end_line(self) -> None:
         if self._line_is_open:

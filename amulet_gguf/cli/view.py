@@ -63,6 +63,10 @@ class AnswerView:
             self._output.write(text)
             return
         self._text += printable(text)
+        self.draw_soon()
+
+    def draw_soon(self) -> None:
+        """Draw, unless that was done a moment ago."""
         if time.monotonic() - self._drawn_at > self._pause:
             self.draw()
 

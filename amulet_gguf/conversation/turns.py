@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.answer import Piece
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import PromptError
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner

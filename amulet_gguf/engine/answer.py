@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from amulet_gguf.method.explanation import Explanation
 
+Kind: TypeAlias = Literal["thought", "answer"]
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
@@ -22,7 +23,9 @@ class Piece:
             0, where that is not computed.
         finish_reason: set on the last piece: "stop" (end of text, or a stop string), "length"
             (max_tokens or the context is used up), "cancelled".
-        explanation: what realignment did here, where the request asked for it.
+        explanation: what realignment did here, where the request asked for it; not in thoughts, which
+            are written as ordinary prompting writes them.
+        kind: what the text belongs to.
     """
 
     text: str
@@ -30,6 +33,12 @@ class Piece:
     changed: bool = False
     finish_reason: FinishReason | None = None
     explanation: Explanation | None = None
+    kind: Kind = "answer"
+
+
+def joined(pieces: Iterable[Piece], kind: Kind = "answer") -> str:
+    """Return the text of an answer, or of its thoughts."""
+    return "".join(piece.text for piece in pieces if piece.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,14 @@ class Usage:
     Attributes:
         prompt_tokens: of the longest branch.
         prefill_tokens: read before the answer, over all branches, a shared prefix counted once.
-        completion_tokens: of the answer.
+        completion_tokens: of the answer, thoughts included.
+        thought_tokens: those before it, with the marks of thoughts.
     """
 
     prompt_tokens: int
     prefill_tokens: int
     completion_tokens: int
+    thought_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Answer:
     """A finished answer.
 
     Attributes:
-        text: all of it.
+        text: all of it, without thoughts.
         finish_reason: see `Piece`.
         usage, timings: what it took.
         pieces: the steps it was made of.
@@ -80,3 +91,8 @@ class Answer:
     usage: Usage
     timings: Timings
     pieces: Sequence[Piece]
+
+    @property
+    def thought(self) -> str:
+        """What the model thought before it answered."""
+        return joined(self.pieces, "thought")

@@ -8,8 +8,9 @@ from typing import Final
 
 import numpy as np
 
+from amulet_gguf.engine.context import Context
 from amulet_gguf.engine.drafts import MAX_DRAFT, Source
-from amulet_gguf.engine.generation import Context, common_prefix
+from amulet_gguf.engine.generation import common_prefix
 from amulet_gguf.errors import EngineError, SettingError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens

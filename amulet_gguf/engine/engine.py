@@ -15,8 +15,10 @@ from collections.abc import Callable, Generator
 import numpy as np
 
 from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.context import Context
 from amulet_gguf.engine.drafts import RowTimes, Step
-from amulet_gguf.engine.generation import Context, Generation, Request
+from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.request import Request
 from amulet_gguf.engine.sequences import Sequences
 from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError, QueueFullError
 from amulet_gguf.method.arrays import Float32Array, Tokens

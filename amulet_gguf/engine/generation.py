@@ -4,82 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
 
-from amulet_gguf.engine.answer import FinishReason, Piece, Timings, Usage
-from amulet_gguf.engine.drafts import Drafts, Step
+from amulet_gguf.engine.answer import FinishReason, Kind, Piece, Timings, Usage
+from amulet_gguf.engine.context import Context
+from amulet_gguf.engine.drafts import Step
+from amulet_gguf.engine.request import Request
 from amulet_gguf.engine.text import TextAssembler
 from amulet_gguf.method.arrays import Float32Array, Tokens
-from amulet_gguf.method.explanation import explain
+from amulet_gguf.method.explanation import Explanation, explain
 from amulet_gguf.method.facts import Facts
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.realign import argmax
-from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.method.vocabulary import Detokenizer
 
 # Sharing a prefix costs a copy of a whole sequence's cache; below this it is read per branch instead.
 _MIN_SHARED: Final = 16
-
-
-class Context(Protocol):
-    """What the engine needs of `amulet_gguf.llama.context.Context`."""
-
-    @property
-    def n_ctx(self) -> int: ...
-    @property
-    def n_sequences(self) -> int: ...
-    @property
-    def chosen_threads(self) -> int | None: ...
-    @property
-    def room(self) -> int: ...
-    def length(self, sequence: int) -> int: ...
-    def add(self, sequence: int, tokens: Tokens, *, output: bool, n_outputs: int = 1) -> None: ...
-    def decode(self) -> Float32Array: ...
-    @property
-    def can_truncate(self) -> bool: ...
-    @property
-    def can_draft(self) -> bool: ...
-    @property
-    def n_outputs(self) -> int: ...
-    def copy(self, source: int, target: int) -> None: ...
-    def truncate(self, sequence: int, length: int) -> None: ...
-    def save(self, sequence: int) -> bytes: ...
-    def restore(self, sequence: int, data: bytes, length: int) -> None: ...
-    def free(self, sequence: int) -> None: ...
-    def clear(self) -> None: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Request:
-    """One generation to run.
-
-    Attributes:
-        branches: prompt of each branch, (n,) int32 with n >= 1.
-        mixture: of the branches.
-        sampler: chooses the tokens; belongs to this generation alone.
-        max_tokens: length of the answer at most, >= 1.
-        stop: stop strings, none of them empty.
-        reuse: begin from what is cached of the prompts, and leave what this one read and wrote cached.
-            The answer can differ in near ties: sums are in another order.
-        n_alternatives: explain each token with so many of each distribution's best; 0: do not.
-        on_end: called with the tokens of the answer at its end, unless a stop string cut it short.
-        drafts: guesses of its tokens, to be verified several in a step.
-    """
-
-    branches: Sequence[Tokens]
-    mixture: Mixture
-    sampler: Sampler
-    max_tokens: int
-    stop: Sequence[str] = ()
-    reuse: bool = False
-    n_alternatives: int = 0
-    on_end: Callable[[Sequence[int]], None] | None = None
-    drafts: Drafts | None = None
 
 
 class Generation:
@@ -116,8 +60,12 @@ class Generation:
         self._written: list[int] = []
         self._text = TextAssembler(request.stop)
         self._facts = Facts()
+        rule = request.thoughts
+        self._thoughts = None if rule is None else rule.follows.anew()
+        self._of_thoughts = None if rule is None or rule.mixture is None else rule.mixture.anew()
+        self._n_thought = 0  # tokens, marks included
         self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
-        self._needed = self.mixture.needed  # of its first token
+        self._needed: tuple[int, ...] = ()  # of its first token
         self._guesses: list[int] = []
         self._n_at_once = 0  # tokens of the first step: they took no time of their own
         self._n_valid = 0  # tokens of the answer that are cached, and right
@@ -136,8 +84,16 @@ class Generation:
         self.n_prefill = (
             self.n_read
             + self.n_shared
-            + sum(self.unread(branch) - self.n_shared for branch in self.mixture.needed)
+            + sum(self.unread(branch) - self.n_shared for branch in self._now(self.mixture).needed)
         )
+
+    def _now(self, mixture: Mixture) -> Mixture:
+        """Return the mixture of the next token: this one, if it is not of a thought."""
+        return self._of_thoughts if self._is_thinking and self._of_thoughts is not None else mixture
+
+    @property
+    def _is_thinking(self) -> bool:
+        return self._thoughts is not None and self._thoughts.state == "thought"
 
     @property
     def n_tokens(self) -> int:
@@ -193,7 +149,9 @@ class Generation:
     @property
     def is_behind(self) -> bool:
         """It has more to read before its next token than the last one."""
-        return self.n_tokens == 0 or any(self.unread(branch) > 1 for branch in self.mixture.needed)
+        return self.n_tokens == 0 or any(
+            self.unread(branch) > 1 for branch in self._now(self.mixture).needed
+        )
 
     def split(self, context: Context) -> None:
         """Give the prefix that was read once to all branches, when it has been read."""
@@ -210,7 +168,7 @@ class Generation:
         or each of them keeps a token for a later step.
         """
         self._acting, self._guesses = self.mixture, []
-        self._needed = self._acting.needed
+        self._needed = self._now(self._acting).needed
         if self.n_tokens == 0:  # the dial may have moved
             self._count_prefill()
         chunks = [0] * self.n_branches
@@ -255,7 +213,8 @@ class Generation:
         request = self.request
         if request.drafts is not None:
             room = n_ctx - self.n_prompt - self.n_tokens
-            limit = min(step.limit, request.max_tokens - self.n_tokens - 1, room)
+            rest = request.max_tokens - (self.n_tokens - self._n_thought)
+            limit = min(step.limit, rest - 1, room)
             step = replace(step, limit=max(0, limit))
             self._guesses = request.drafts.propose(self._written, step)
 
@@ -274,7 +233,7 @@ class Generation:
         places = logits.reshape(len(self._needed), -1, logits.shape[1])
         before, n_right = self.n_tokens, 0
         for place in range(places.shape[1]):
-            needed = self._acting.needed
+            needed = self._now(self._acting).needed
             if not set(needed) <= set(self._needed):  # it needs a branch that was not read
                 break
             at = logits
@@ -283,7 +242,7 @@ class Generation:
             token = self._choose(at, row, detokenizer)
             if place < len(self._guesses) and token == self._guesses[place]:
                 n_right = self.n_tokens - before  # the end of an answer is not written
-            if self.is_finished or n_right <= place:
+            if self.is_finished or self._cut_thought(detokenizer) or n_right <= place:
                 break
         if before == 0:
             self._n_at_once = self.n_tokens
@@ -306,13 +265,11 @@ class Generation:
 
     def _choose(self, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer) -> int:
         """Choose a token and write it; return it."""
-        mixture = self._acting
+        mixture = self._now(self._acting)
         self.request.sampler.bias(logits)
-        prompted = mixture.combine(
-            logits, row, lambda token: self._facts.include(detokenizer.token_bytes(token))
-        )
+        prompted = mixture.combine(logits, row, lambda token: self._is_plain(token, detokenizer))
         changed = int(argmax(row)) != prompted  # before penalties and chance have their say
-        n_alternatives = self.request.n_alternatives
+        n_alternatives = 0 if self._is_thinking else self.request.n_alternatives
         combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
         token = self.request.sampler.sample(row)
         if self.first_token_at is None:
@@ -331,29 +288,74 @@ class Generation:
                 n_alternatives,
                 mixture.strength,
             )
+        self._write(token, changed, explanation, detokenizer)
+        return token
+
+    def _is_plain(self, token: int, detokenizer: Detokenizer) -> bool:
+        """Tell whether a token, ordinary prompting's best, is to be written as that would."""
+        if self._thoughts is not None and self._thoughts.state == "open":
+            return self._thoughts.may_open(token)
+        return self.request.protects_facts and self._facts.include(detokenizer.token_bytes(token))
+
+    def _write(
+        self, token: int, changed: bool, explanation: Explanation | None, detokenizer: Detokenizer
+    ) -> None:
         self._written.append(token)
-        self._facts.push(detokenizer.token_bytes(token))
-        text = self._text.push(detokenizer.token_bytes(token))
-        piece = Piece(text, token, changed, None, explanation)
+        data = detokenizer.token_bytes(token)
+        thoughts = self._thoughts
+        kind: Kind = "answer"
+        if thoughts is None or thoughts.state == "answer":
+            self._facts.push(data)
+            text = self._text.push(data)
+        else:
+            text = ""
+            for part, said in thoughts.push(token):
+                if part == "thought":
+                    self.pieces.append(Piece(said, kind="thought"))
+                else:
+                    self._facts.push(said.encode())
+                    text += self._text.push(said.encode())
+            if not text:  # else it is the first of the answer
+                self._n_thought += 1
+            if self._is_thinking:
+                kind, changed, explanation = "thought", False, None
+        piece = Piece(text, token, changed, None, explanation, kind)
         if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
-            return token
+            return
         if self._text.stopped:
             self.finish("stop", piece)
-        elif self.n_tokens >= self.request.max_tokens:
+        elif self.n_tokens - self._n_thought >= self.request.max_tokens:
             self.finish("length", piece)
         else:
             self.pieces.append(piece)
-        return token
+
+    def _cut_thought(self, detokenizer: Detokenizer) -> bool:
+        """End a thought that is too long; return whether it was."""
+        rule = self.request.thoughts
+        limit = None if rule is None else rule.max_tokens
+        if rule is None or limit is None or not self._is_thinking or self._n_thought < limit:
+            return False
+        for token in rule.ending:
+            self._write(token, False, None, detokenizer)
+        return True
 
     def finish(self, reason: FinishReason, last: Piece | None = None) -> None:
         """End with a last piece, which gets all text that was held back."""
         if not self.is_finished:
             last = last or Piece("")
-            text = last.text + self._text.push(b"", final=True)
+            text = last.text
+            if self._thoughts is not None and self._thoughts.state != "answer":
+                for part, said in self._thoughts.end():
+                    if part == "thought":
+                        self.pieces.append(Piece(said, kind="thought"))
+                    else:
+                        text += self._text.push(said.encode())
+            text += self._text.push(b"", final=True)
             self.pieces.append(replace(last, text=text, finish_reason=reason))
             self.finish_reason = reason
             self.finished_at = time.perf_counter()
-            if self.request.on_end is not None and self._written and not self._text.stopped:
+            is_whole = bool(self._written) and not self._text.stopped and not self._n_thought
+            if self.request.on_end is not None and is_whole:
                 self.request.on_end(self._written)
 
     def fail(self, error: BaseException) -> None:
@@ -365,7 +367,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """So far."""
-        return Usage(self.n_prompt, self.n_read, self.n_tokens)
+        return Usage(self.n_prompt, self.n_read, self.n_tokens, self._n_thought)
 
     @property
     def timings(self) -> Timings:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 
-from amulet_gguf.engine.generation import Context, Generation, common_prefix
+from amulet_gguf.engine.context import Context
+from amulet_gguf.engine.generation import Generation, common_prefix
 from amulet_gguf.errors import EngineError
 from amulet_gguf.method.arrays import Tokens
 

@@ -20,9 +20,10 @@ from amulet_gguf.evaluation.reading import Group, make_groups, read_ranks, reade
 from amulet_gguf.evaluation.scoring import Scorer
 from amulet_gguf.evaluation.table import Value
 from amulet_gguf.evaluation.text_measures import text_measures
+from amulet_gguf.llama.loading import Loading
 from amulet_gguf.models.find import find_model
 from amulet_gguf.preferences import Preference
-from amulet_gguf.settings import Loading, Settings
+from amulet_gguf.settings import Settings
 
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]

@@ -10,11 +10,11 @@ from typing import Final
 from amulet_gguf.amulet import load_model
 from amulet_gguf.engine.likelihood import Likelihood
 from amulet_gguf.errors import SettingError
+from amulet_gguf.llama.loading import Loading
 from amulet_gguf.method.arrays import Float64Array, Tokens
 from amulet_gguf.method.sampling import log_sum
 from amulet_gguf.prompts.messages import conversation, with_preference
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.settings import Loading
 
 _N_PROMPTS: Final = 3  # prompts kept in the cache: answers come grouped by question and preference
 _N_CTX: Final = 2048

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from amulet_gguf.errors import ConfigError, SettingError, shown
 from amulet_gguf.home.files import locked, write_atomically
 from amulet_gguf.home.paths import config_file
-from amulet_gguf.settings import LOADING, SETTINGS, Settings
+from amulet_gguf.llama.loading import LOADING
+from amulet_gguf.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     from tomlkit import TOMLDocument

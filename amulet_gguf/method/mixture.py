@@ -152,7 +152,6 @@ class Mixture:
         margin: of plausibility, in nats.
         fade: of the strength.
         withheld: tokens that are not amplified.
-        protects_facts: neither are those that `combine` is told to be of names, numbers and the like.
     """
 
     def __init__(
@@ -164,7 +163,6 @@ class Mixture:
         fade: Fade | None = None,
         at: Callable[[float], Sequence[float]] | None = None,
         withheld: Tokens | None = None,
-        protects_facts: bool = False,
     ) -> None:
         self.coefficients = np.array(coefficients, np.float64)
         self.reference = np.array(reference, np.float64)
@@ -172,7 +170,6 @@ class Mixture:
         self.fade = fade or Fade(1.0 - self.coefficients[0])
         self._at = at
         self.withheld = withheld
-        self.protects_facts = protects_facts
         self._n_combined = 0
         self._next = self._last = self._token(self.fade.at(0), self.coefficients)
 
@@ -202,13 +199,13 @@ class Mixture:
         self,
         logits: Float32Array,
         out: Float32Array,
-        is_fact: Callable[[int], bool] | None = None,
+        is_plain: Callable[[int], bool] | None = None,
     ) -> int:
         """Combine the (N, V) logits of the `needed` branches into `out` (V,).
 
         Args:
-            is_fact: tells whether a token would be of a name, a number or the like, if it came next.
-                Where ordinary prompting's best one is, the strength is 1.
+            is_plain: tells whether a token would not be a matter of style. Where ordinary prompting's
+                best one is none, the strength is 1.
 
         Returns:
             the best token of ordinary prompting.
@@ -219,7 +216,7 @@ class Mixture:
         if self.withheld is not None and not token.is_mean:
             withhold(logits, token.coefficients, token.reference, self.withheld, out)
         self._last = token
-        if is_fact is not None and self._protects(token) and is_fact(prompted):
+        if is_plain is not None and self._may_be_plain(token) and is_plain(prompted):
             self._last = replace(token, strength=1.0, coefficients=token.reference)
             combine_unchecked(logits, token.reference, -math.inf, token.reference, out)
         self._n_combined += 1
@@ -228,14 +225,9 @@ class Mixture:
             self._next = self._token(strength, np.array(self._at(strength), np.float64))
         return prompted
 
-    def _protects(self, token: _Token) -> bool:
-        """Whether a fact is written as ordinary prompting does, which is no extrapolation itself."""
-        return (
-            self.protects_facts
-            and not token.is_mean
-            and token.strength > 1
-            and is_a_mean(token.reference.tolist())
-        )
+    def _may_be_plain(self, token: _Token) -> bool:
+        """Whether a token can be written as ordinary prompting does: that extrapolates nothing."""
+        return not token.is_mean and token.strength > 1 and is_a_mean(token.reference.tolist())
 
     def _token(self, strength: float, coefficients: Float64Array) -> _Token:
         is_mean = is_a_mean(coefficients.tolist())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 from amulet_gguf.engine.drafts import Drafts, Source
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request, ThoughtRule
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.echo import echo_tokens
@@ -24,6 +24,7 @@ from amulet_gguf.methods import resolve
 from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.messages import Message, conversation, with_preference
 from amulet_gguf.prompts.template import ChatTemplate
+from amulet_gguf.prompts.thoughts import Thinking, follows, switches
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
 
@@ -51,11 +52,14 @@ class Planner:
 
     def transcripts(self, settings: Settings) -> Transcripts:
         """Return what was written where the chat template was given the same names."""
-        return self._transcripts(settings.template_args)
+        return self._transcripts(settings.template_args, settings.think, settings.think_effort)
 
-    def _new_transcripts(self, arguments: tuple[tuple[str, str], ...]) -> Transcripts:
-        names = {name: json.loads(value) for name, value in arguments}
-        return Transcripts(self.template.given(names), self._model.token_bytes)
+    def _new_transcripts(
+        self, arguments: tuple[tuple[str, str], ...], think: bool | None, effort: str | None
+    ) -> Transcripts:
+        names = switches(think, effort) | {name: json.loads(value) for name, value in arguments}
+        template = self.template.given(names, skips_thoughts=think is False)
+        return Transcripts(template, self._model.token_bytes)
 
     def request(
         self,
@@ -86,6 +90,7 @@ class Planner:
         settings = self.resolve(settings)
         needed = _realignment(settings, is_adjustable)
         on_end: Callable[[Sequence[int]], None] | None = None
+        thoughts: ThoughtRule | None = None
         texts = [None, *(preference.text for preference in settings.prefer), settings.avoid]
         if text is not None and prompt is None and messages is None:
             branches = [self.template.encode_text(text, texts[branch]) for branch in needed.branches]
@@ -94,12 +99,13 @@ class Planner:
             transcripts = self.transcripts(settings)
             known = transcripts.known(base) if reuse else None
             placement = _placement(settings)
-            branches = [
-                transcripts.template.encode(
-                    with_preference(base, texts[branch], placement), known
-                ).tokens
+            encoded = [
+                transcripts.template.encode(with_preference(base, texts[branch], placement), known)
                 for branch in needed.branches
             ]
+            branches = [each.tokens for each in encoded]
+            if base[-1]["role"] == "user":
+                thoughts = self._thoughts(settings, needed, encoded[0].text)
             if reuse and base[-1]["role"] == "user":
                 on_end = partial(transcripts.note, base)
         return Request(
@@ -112,6 +118,24 @@ class Planner:
             n_alternatives=n_alternatives,
             on_end=on_end,
             drafts=self._drafts(branches, draft, is_adjustable),
+            protects_facts=settings.protect_facts,
+            thoughts=thoughts,
+        )
+
+    def _thoughts(self, settings: Settings, needed: Realignment, prompt: str) -> ThoughtRule | None:
+        """Return how the answer to a rendered prompt is thought about: as ordinary prompting would with
+        the preference of the largest weight."""
+        marks = self.template.marks
+        if marks is None or (state := follows(marks, prompt)) == "answer":
+            return None
+        weights = [preference.weight for preference in settings.prefer]
+        best = 1 + weights.index(max(weights)) if weights and max(weights) > 0 else 0
+        alone = [float(branch == best) for branch in needed.branches]
+        return ThoughtRule(
+            Thinking(marks, state, self._model),
+            None if settings.align_thoughts or 1.0 not in alone else Mixture(alone, alone),
+            settings.think_tokens,
+            self._model.tokenize(marks.ending, special=True).tolist(),
         )
 
     def _drafts(
@@ -166,7 +190,6 @@ class Planner:
             fade=_fade(settings),
             at=at,
             withheld=withheld,
-            protects_facts=settings.protect_facts,
         )
 
 

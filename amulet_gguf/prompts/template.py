@@ -22,7 +22,7 @@ from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.prompts.messages import reshaped, split
 from amulet_gguf.prompts.rendering import Renderer, TimeUpError
-from amulet_gguf.prompts.thoughts import IN_HISTORIES
+from amulet_gguf.prompts.thoughts import IN_HISTORIES, find_marks, follows
 
 #: Used for models that bring no template of their own, as llama.cpp does.
 CHATML: Final = (
@@ -46,7 +46,11 @@ class Encoded:
 
 
 class ChatTemplate:
-    """A model's chat template, ready to encode conversations."""
+    """A model's chat template, ready to encode conversations.
+
+    Attributes:
+        marks: of thoughts, or None: the model is not known to think.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         """Compile the template.
@@ -55,13 +59,21 @@ class ChatTemplate:
             PromptError: the template is not valid.
         """
         self._vocabulary = vocabulary
-        self._renderer = Renderer(vocabulary.chat_template or CHATML)
+        source = vocabulary.chat_template or CHATML
+        self._renderer = Renderer(source)
+        self.marks = find_marks(source, vocabulary.special_texts())
         self._names: Mapping[str, Any] = {}
+        self._skips_thoughts = False
 
-    def given(self, names: Mapping[str, Any]) -> ChatTemplate:
-        """Return the same template, which finds these values by their names."""
+    def given(self, names: Mapping[str, Any], *, skips_thoughts: bool = False) -> ChatTemplate:
+        """Return the same template, which finds these values by their names.
+
+        Args:
+            skips_thoughts: answers begin at once.
+        """
         other = copy.copy(self)
         other._names = names
+        other._skips_thoughts = skips_thoughts
         return other
 
     @functools.cached_property
@@ -96,6 +108,12 @@ class ChatTemplate:
         """
         asked, begun = split(messages)
         text = self._rendered([self._defuse(message) for message in asked])
+        if self.marks is not None and (begun or self._skips_thoughts):
+            following = follows(self.marks, text)
+            if following == "thought":
+                text = text.rstrip() + self.marks.ending
+            elif following == "open" and self._skips_thoughts:
+                text += self.marks.skipping
         if begun:
             text += self._defuse({"role": "assistant", "content": begun})["content"]
         if len(text) > _MAX_PROMPT:

@@ -1,22 +1,202 @@
-"""How models mark what they think before they answer."""
+"""How models mark what they think before they answer, and where the marks stand in what they write."""
 
 from __future__ import annotations
 
-from typing import Final
+import codecs
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, TypeAlias
 
-#: What opens a thought, and what closes it, of the model families that have such marks.
-MARKERS: Final[dict[str, str]] = {
-    "<think>": "</think>",  # Qwen, DeepSeek, GLM, SmolLM, Nemotron, MiniMax, Granite, LFM, …
-    "[THINK]": "[/THINK]",  # Mistral
-    "<seed:think>": "</seed:think>",  # ByteDance Seed
-    "◁think▷": "◁/think▷",  # Kimi VL
-    "<|START_THINKING|>": "<|END_THINKING|>",  # Cohere
-    "<|channel>thought": "<channel|>",  # Gemma 4
-    "<|channel|>analysis<|message|>": "<|end|>",  # gpt-oss
-}
+from amulet_gguf.method.vocabulary import Vocabulary
+
+Kind: TypeAlias = Literal["thought", "answer"]
+State: TypeAlias = Literal["open", "thought", "answer"]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How a family of models marks its thoughts.
+
+    Attributes:
+        opens: what a thought begins with, one of these.
+        closes: what it ends with.
+        answers: what may stand between it and the answer, white space aside.
+        ending: what to write where a thought is to end, and the answer to follow at once.
+        skipping: the same where none has begun.
+    """
+
+    opens: tuple[str, ...]
+    closes: str
+    answers: tuple[str, ...]
+    ending: str
+    skipping: str
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.opens, self.closes, *self.answers)
+
+
+def _tags(opens: str, closes: str) -> Marks:
+    return Marks((opens,), closes, (), f"\n{closes}\n\n", f"{opens}\n\n{closes}\n\n")
+
+
+#: Of the families that have any; of several in a template, the first counts.
+FAMILIES: Final = (
+    Marks(  # gpt-oss
+        ("<|channel|>analysis<|message|>", "<|channel|>commentary<|message|>"),
+        "<|end|>",
+        ("<|start|>assistant<|channel|>final<|message|>", "<|channel|>final<|message|>"),
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+        "<|channel|>final<|message|>",
+    ),
+    Marks(
+        ("<|channel>thought",), "<channel|>", (), "<channel|>", "<|channel>thought\n<channel|>"
+    ),  # Gemma
+    _tags("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    _tags("[THINK]", "[/THINK]"),  # Mistral
+    _tags("<seed:think>", "</seed:think>"),  # ByteDance Seed
+    _tags("◁think▷", "◁/think▷"),  # Kimi VL
+    _tags("<think>", "</think>"),  # Qwen, DeepSeek, GLM, SmolLM, Nemotron, MiniMax, Granite, LFM, …
+)
 #: Tokens that templates look for in what the assistant said before, to leave its thoughts out. Those of
 #: gpt-oss end messages, too: they stay text.
 IN_HISTORIES: Final = frozenset({
     "<think>", "</think>", "[THINK]", "[/THINK]", "<seed:think>", "</seed:think>", "◁think▷", "◁/think▷",
     "<|START_THINKING|>", "<|END_THINKING|>", "<|channel>", "<channel|>",
 })  # fmt: skip
+
+
+def find_marks(template: str, special: Iterable[str]) -> Marks | None:
+    """Return how a model marks its thoughts, by its chat template and its special tokens; None: not."""
+    names = set(special)
+    for marks in FAMILIES:
+        is_named = any(each in template for each in (*marks.opens, marks.closes))
+        if is_named or names.issuperset((*marks.opens, marks.closes)):
+            return marks
+    return None
+
+
+def switches(think: bool | None, effort: str | None) -> dict[str, Any]:
+    """Return what templates call the wish to think, and how much."""
+    found: dict[str, Any] = {}
+    if think is not None:
+        found |= {"enable_thinking": think, "thinking": think}
+    if effort is not None:
+        found["reasoning_effort"] = effort
+    return found
+
+
+def follows(marks: Marks, prompt: str) -> State:
+    """Return what follows a rendered prompt: its end may open a thought, or close an empty one."""
+    prompt = prompt.rstrip()
+    if prompt.endswith(marks.opens):
+        return "thought"
+    return "answer" if prompt.endswith((marks.closes, *marks.answers)) else "open"
+
+
+class Thoughts:
+    """Tells thoughts from the answer in what a model writes.
+
+    Attributes:
+        state: what the next text belongs to; "open" where a thought or the answer may begin.
+    """
+
+    def __init__(self, marks: Marks, state: State) -> None:
+        self._marks = marks
+        self.state = state
+        self._held = ""  # it may be the beginning of a mark
+        self._has_thought = state == "thought"
+
+    def may_open(self, text: str) -> bool:
+        """Tell whether a mark would begin or go on with this text."""
+        marks = (*self._marks.opens, *self._marks.answers)
+        told = (self._held + text).lstrip()
+        return bool(told) and any(mark.startswith(told) or told.startswith(mark) for mark in marks)
+
+    def push(self, text: str, *, final: bool = False) -> list[tuple[Kind, str]]:
+        """Take text that was written; return what is now certain, without the marks.
+
+        Args:
+            final: nothing follows.
+        """
+        self._held += text
+        found: list[tuple[Kind, str]] = []
+        while self._held:
+            if self.state == "open" and not self._open(final):
+                break
+            if self.state == "thought":
+                before, closes, after = self._held.partition(self._marks.closes)
+                if not closes:
+                    keep = 0 if final else _beginning(before, self._marks.closes)
+                    before, after = before[: len(before) - keep], before[len(before) - keep :]
+                found.append(("thought", before))
+                self._held = after
+                if not closes:
+                    break
+                self.state = "open"
+            elif self.state == "answer":
+                found.append(("answer", self._held))
+                self._held = ""
+        return [(kind, text) for kind, text in found if text]
+
+    def _open(self, final: bool) -> bool:
+        """Find out what begins; return whether that is certain."""
+        told = self._held.lstrip()
+        for mark in (*self._marks.answers, *self._marks.opens):
+            if told.startswith(mark):
+                self._held = told[len(mark) :]
+                self.state = "answer" if mark in self._marks.answers else "thought"
+                self._has_thought = True
+                return True
+        marks = (*self._marks.answers, *self._marks.opens)
+        if not final and (not told or any(mark.startswith(told) for mark in marks)):
+            return False
+        if self._has_thought:
+            self._held = told
+        self.state = "answer"
+        return True
+
+
+def _beginning(text: str, mark: str) -> int:
+    """Return the length of the longest end of a text that begins a mark."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+
+
+class Thinking:
+    """Follows the tokens of one answer (see `amulet_gguf.engine.generation.Thoughts`)."""
+
+    def __init__(self, marks: Marks, state: State, vocabulary: Vocabulary) -> None:
+        self._new = partial(Thinking, marks, state, vocabulary)
+        self._marks = marks
+        self._vocabulary = vocabulary
+        self._thoughts = Thoughts(marks, state)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def anew(self) -> Thinking:
+        """Return one for the same prompt, of which nothing was written."""
+        return self._new()
+
+    @property
+    def state(self) -> State:
+        """What the next token belongs to."""
+        return self._thoughts.state
+
+    def may_open(self, token: int) -> bool:
+        """Tell whether a token may begin a thought, or go on with its mark."""
+        return self._thoughts.may_open(self._spelled(token).decode(errors="ignore"))
+
+    def push(self, token: int) -> list[tuple[Kind, str]]:
+        """Take a token that was written; return what is now certain."""
+        return self._thoughts.push(self._decoder.decode(self._spelled(token)))
+
+    def end(self) -> list[tuple[Kind, str]]:
+        """Return what was held back: nothing follows."""
+        return self._thoughts.push(self._decoder.decode(b"", True), final=True)
+
+    def _spelled(self, token: int) -> bytes:
+        """Control tokens have no text, but are parts of marks."""
+        data = self._vocabulary.token_bytes(token)
+        name = "" if data else self._vocabulary.token_text(token)
+        is_of_marks = any(name in mark for mark in self._marks.all) if name else False
+        return name.encode() if is_of_marks else data

@@ -25,16 +25,19 @@ def event(content: Any) -> bytes:
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
-def usage_of(usages: Iterable[Usage], n: int) -> dict[str, int]:
+def usage_of(usages: Iterable[Usage], n: int) -> dict[str, Any]:
     """Return the sum over n answers to each of some prompts, every prompt counted once."""
     found = list(usages)
     prompt = sum(usage.prompt_tokens for usage in found[::n])
     completion = sum(usage.completion_tokens for usage in found)
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
     }
+    if thought := sum(usage.thought_tokens for usage in found):
+        counts["completion_tokens_details"] = {"reasoning_tokens": thought}
+    return counts
 
 
 @dataclass
@@ -82,6 +85,8 @@ class Reply:
             }
             if self.is_chat:
                 choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+                if answer.thought:
+                    choice["message"]["reasoning_content"] = answer.thought
             else:
                 choice["text"] = answer.text
             if self.explain:
@@ -100,8 +105,10 @@ class Reply:
 
     def events(self, index: int, piece: Piece) -> Iterable[bytes]:
         """Yield the events of a piece: of its text or token, and of its end."""
-        is_told = piece.explanation is not None and piece.token is not None
-        if piece.text or is_told:
+        if piece.kind == "thought":
+            if self.is_chat and piece.text:
+                yield self._chunk(index, {"reasoning_content": piece.text}, None)
+        elif piece.text or (piece.explanation is not None and piece.token is not None):
             yield self._chunk(index, {"content": piece.text}, None, piece)
         if piece.finish_reason is not None:
             yield self._chunk(index, {}, _REASONS[piece.finish_reason])
@@ -140,7 +147,7 @@ class Reply:
         offsets = []
         for piece in pieces:
             offset = self._offsets.get(index, 0)
-            self._offsets[index] = offset + len(piece.text)
+            self._offsets[index] = offset + len(piece.text) * (piece.kind == "answer")
             if piece.token is None or piece.explanation is None:
                 continue
             offsets.append(offset)

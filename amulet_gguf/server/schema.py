@@ -17,7 +17,7 @@ MAX_ANSWERS: Final = 16
 # Fields of OpenAI's that mean nothing here, so that it does no harm to ignore them.
 _IGNORED: Final = frozenset({
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key",
-    "prompt_cache_retention", "safety_identifier", "reasoning_effort", "verbosity",
+    "prompt_cache_retention", "safety_identifier", "verbosity",
 })  # fmt: skip
 # Fields that would change the answer: only the value that does not is taken.
 _UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
@@ -120,6 +120,7 @@ class ChatRequest(_Request):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     prediction: Prediction | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -128,6 +129,10 @@ class ChatRequest(_Request):
         given = super().changed()
         if self.max_completion_tokens is not None:
             given["max_tokens"] = self.max_completion_tokens
+        if self.reasoning_effort in ("none", "minimal"):
+            given.setdefault("think", False)
+        elif self.reasoning_effort is not None:
+            given.setdefault("think_effort", self.reasoning_effort.removeprefix("x"))
         return given
 
     @property

@@ -20,12 +20,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
+from amulet_gguf.llama.loading import LoadOptions
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.service.stream import ServiceJob, ServiceStream
-from amulet_gguf.settings import LoadOptions, Options, Settings
+from amulet_gguf.settings import Options, Settings
 from amulet_gguf.stream import Action, JobOptions, OnPrefill, Plan
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class AmuletService:
             max_waiting: answers that may wait for their turn.
             on_load: called on the engine's thread with the fraction loaded, from 0 to 1; if it raises,
                 the model is not loaded.
-            **options: fields of `amulet_gguf.settings.Loading`.
+            **options: fields of `amulet_gguf.llama.loading.Loading`.
         """
         self._on_load = on_load
         self._max_waiting = max_waiting

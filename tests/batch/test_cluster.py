@@ -24,7 +24,8 @@ from amulet_gguf.batch.records import Record
 from amulet_gguf.batch.run import answers, result
 from amulet_gguf.cli import main
 from amulet_gguf.errors import EngineError, ModelNotFoundError, SettingError
-from amulet_gguf.settings import Loading, Settings
+from amulet_gguf.llama.loading import Loading
+from amulet_gguf.settings import Settings
 
 
 def node(name: str, cpus: int, gpus: int = 0, *, alive: bool = True) -> dict[str, Any]:

@@ -331,7 +331,8 @@ def test_the_key_changes_with_whatever_could_change_the_result() -> None:
         "max_tokens": 21, "stop": "a",
         "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.2,
         "repeat_last_n": 3, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {"5": 1},
-        "seed": 0, "template_args": {"a": 1},
+        "seed": 0, "template_args": {"a": 1}, "think": True, "think_effort": "low", "think_tokens": 9,
+        "align_thoughts": True,
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(Settings)}
     items: list[dict[str, Any]] = [

@@ -21,8 +21,9 @@ from amulet_gguf.batch.records import Record
 from amulet_gguf.batch.run import answers, result, size_batch
 from amulet_gguf.engine.answer import Answer
 from amulet_gguf.errors import AmuletError, PromptTooLongError
+from amulet_gguf.llama.loading import Loading
 from amulet_gguf.llama.model import Model
-from amulet_gguf.settings import Loading, Settings
+from amulet_gguf.settings import Settings
 
 PREFER: list[Any] = [None, "concise", ["formal", "verbose:0.5", "Write like a sailor."]]
 

@@ -12,7 +12,8 @@ from fixture_types import Load, MakeContext, Tiny
 
 from amulet_gguf import Amulet, Answer, EngineError, SettingError
 from amulet_gguf.engine.drafter import Drafter, check_vocabulary
-from amulet_gguf.engine.generation import Generation, Request
+from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.request import Request
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
 from amulet_gguf.prompts.planning import Planner

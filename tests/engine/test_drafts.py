@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from amulet_gguf.engine.drafts import MAX_DRAFT, Drafts, RowTimes, Step, TextSource, best_size
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Generation, Request
+from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.request import Request
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.mixture import Fade, Mixture
 from amulet_gguf.method.sampling import PLAIN, Sampler

@@ -40,7 +40,8 @@ from amulet_gguf.engine import sequences as sequences_module
 from amulet_gguf.engine.answer import Piece
 from amulet_gguf.engine.drafts import Drafts, TextSource
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Generation, Request
+from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import (
     AmuletError,
     ClosedError,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from amulet_gguf.engine.drafts import Drafts, TextSource
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.generation import Generation, Request
+from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model

@@ -19,10 +19,11 @@ from amulet_gguf.evaluation.questions import make_records, sample_questions
 from amulet_gguf.evaluation.run import Evaluation
 from amulet_gguf.evaluation.scoring import Scorer, Verdict
 from amulet_gguf.evaluation.table import ALL, Value, by_method, tabulate
+from amulet_gguf.llama.loading import Loading
 from amulet_gguf.llama.model import Model
 from amulet_gguf.methods import METHODS, method
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.settings import Loading, Settings
+from amulet_gguf.settings import Settings
 
 QUESTIONS = ["What is rain?", "Why is the sea salt?", "Who sleeps?"]
 PREFERENCES = ["concise", "Write like a sailor."]

@@ -75,14 +75,13 @@ def test_any_bytes_are_read(written: list[bytes]) -> None:
         facts.push(token)
 
 
-def mixture(strength: float, weights: tuple[float, ...] = (1.0,), protects: bool = True) -> Mixture:
+def mixture(strength: float, weights: tuple[float, ...] = (1.0,)) -> Mixture:
     return Mixture(
         coefficients(weights, strength),
         coefficients(weights, 1.0),
         0.3,
         fade=Fade(strength, 0.5, 4.0),
         at=lambda s: coefficients(weights, s),
-        protects_facts=protects,
     )
 
 
@@ -99,7 +98,7 @@ def rows(mixture: Mixture, facts: list[bool]) -> list[np.ndarray]:
 def test_facts_have_the_logits_of_prompting_and_the_rest_its_own(
     strength: float, facts: list[bool]
 ) -> None:
-    plain = rows(mixture(strength, protects=False), facts)
+    plain = rows(mixture(strength), [False] * len(facts))
     fade = Fade(strength, 0.5, 4.0)
     for t, (row, other) in enumerate(zip(rows(mixture(strength), facts), plain, strict=True)):
         expected = LOGITS[1] if facts[t] and fade.at(t) > 1 else other
@@ -108,6 +107,6 @@ def test_facts_have_the_logits_of_prompting_and_the_rest_its_own(
 
 def test_what_leads_away_from_a_preference_is_left_alone() -> None:
     """Ordinary prompting with a negative preference is extrapolation itself."""
-    away, plain = mixture(4.0, (-1.0,)), mixture(4.0, (-1.0,), protects=False)
-    for one, other in zip(rows(away, [True] * 5), rows(plain, [True] * 5), strict=True):
+    away, plain = mixture(4.0, (-1.0,)), mixture(4.0, (-1.0,))
+    for one, other in zip(rows(away, [True] * 5), rows(plain, [False] * 5), strict=True):
         np.testing.assert_array_equal(one, other)

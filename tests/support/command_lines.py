@@ -7,7 +7,8 @@ from typing import Any
 import click
 from click.testing import CliRunner
 
-from amulet_gguf.settings import Loading, Settings
+from amulet_gguf.llama.loading import Loading
+from amulet_gguf.settings import Settings
 
 
 def chosen(*arguments: str) -> tuple[Settings, Loading]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amulet_gguf.engine.drafts import Drafts
-from amulet_gguf.engine.generation import Request
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import EngineError
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import PLAIN, Sampler

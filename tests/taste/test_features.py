@@ -11,10 +11,11 @@ from fixture_types import MakeContext
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.errors import PromptError
+from amulet_gguf.llama.loading import Loading
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Float64Array
 from amulet_gguf.preferences import PRESETS
-from amulet_gguf.settings import Loading, Settings
+from amulet_gguf.settings import Settings
 from amulet_gguf.taste.features import MAX_TOKENS, log_ratios
 from amulet_gguf.taste.learning import MAX_RATIO
 

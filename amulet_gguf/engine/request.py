@@ -1,0 +1,73 @@
+"""What is asked of the engine: one generation, and how it is to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from amulet_gguf.engine.answer import Kind
+from amulet_gguf.engine.drafts import Drafts
+from amulet_gguf.method.arrays import Tokens
+from amulet_gguf.method.mixture import Mixture
+from amulet_gguf.method.sampling import Sampler
+
+
+class Thoughts(Protocol):
+    """What the engine needs of `amulet_gguf.prompts.thoughts.Thinking`, which follows one answer."""
+
+    @property
+    def state(self) -> Literal["open", "thought", "answer"]: ...
+    def anew(self) -> Thoughts: ...
+    def may_open(self, token: int) -> bool: ...
+    def push(self, token: int) -> Sequence[tuple[Kind, str]]: ...
+    def end(self) -> Sequence[tuple[Kind, str]]: ...
+
+
+@dataclass(frozen=True)
+class ThoughtRule:
+    """How thoughts are written.
+
+    Attributes:
+        follows: tells thoughts from the answer.
+        mixture: of their tokens; None: that of the answer.
+        max_tokens: of a thought, or None.
+        ending: tokens that end one, written when it is too long.
+    """
+
+    follows: Thoughts
+    mixture: Mixture | None
+    max_tokens: int | None
+    ending: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation to run.
+
+    Attributes:
+        branches: prompt of each branch, (n,) int32 with n >= 1.
+        mixture: of the branches.
+        sampler: chooses the tokens; belongs to this generation alone.
+        max_tokens: length of the answer at most, >= 1, thoughts not counted.
+        stop: stop strings, none of them empty.
+        reuse: begin from what is cached of the prompts, and leave what this one read and wrote cached.
+            The answer can differ in near ties: sums are in another order.
+        n_alternatives: explain each token with so many of each distribution's best; 0: do not.
+        on_end: called with the tokens of the answer at its end, unless a stop string cut it short.
+        drafts: guesses of its tokens, to be verified several in a step.
+        protects_facts: names, numbers and the like are written as ordinary prompting has them.
+        thoughts: how to write them, of a model that may think.
+    """
+
+    branches: Sequence[Tokens]
+    mixture: Mixture
+    sampler: Sampler
+    max_tokens: int
+    stop: Sequence[str] = ()
+    reuse: bool = False
+    n_alternatives: int = 0
+    on_end: Callable[[Sequence[int]], None] | None = None
+    drafts: Drafts | None = None
+    protects_facts: bool = False
+    thoughts: ThoughtRule | None = None
