@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ import numpy as np
 import psutil
 
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.engine.answer import Kind
 from amulet_gguf.engine.engine import Engine
-from amulet_gguf.engine.request import Request
+from amulet_gguf.engine.generation import Generation
+from amulet_gguf.engine.request import Request, ThoughtRule
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.mixture import Mixture, coefficients
@@ -23,6 +26,7 @@ from amulet_gguf.settings import PAPER_STRENGTH
 
 _DEPTH: Final = 128  # tokens in each sequence when the measured steps begin
 _PREFILL: Final = 512
+_THOUGHT_CTX: Final = 512
 _LARGE_VOCAB: Final = 151_936  # Qwen's, among the largest in use
 
 
@@ -44,6 +48,7 @@ class BenchResult:
         raw_step_ms: `llama_decode` of two rows in two sequences, and nothing else.
         aligned_step_ms: a whole step of the engine with one preference: two rows, combined, sampled
             greedily, turned into text.
+        thought_step_ms: a whole step of the engine in a thought: one row of the two branches.
         combine_ms: `combine` with plausibility 0.1.
         combine_sample_ms: `combine` without mask, then temperature 0.8 and top-p 0.95.
         prefill_tokens_per_s: of a prompt of 512 tokens (or what fits) in one sequence.
@@ -59,6 +64,7 @@ class BenchResult:
     plain_step_ms: float
     raw_step_ms: float
     aligned_step_ms: float
+    thought_step_ms: float
     combine_ms: float
     combine_sample_ms: float
     prefill_tokens_per_s: float
@@ -83,6 +89,11 @@ class BenchResult:
                 f"{self.aligned_step_ms:.2f} ms",
                 f"{self.aligned_step_ms / self.raw_step_ms:.3f} × raw, "
                 f"{self.aligned_step_ms / self.plain_step_ms:.2f} × plain",
+            ),
+            (
+                "step of a thought (all of it)",
+                f"{self.thought_step_ms:.2f} ms",
+                f"{self.thought_step_ms / self.plain_step_ms:.3f} × plain",
             ),
         ]
         for times in (own, self.large):
@@ -126,11 +137,11 @@ def measure(
         steps = _Steps(model, engine, context)
         times = []
         for done in range(-2, rounds):  # the first two warm up
-            row = steps.plain(), steps.raw(), steps.aligned()
+            row = steps.plain(), steps.raw(), steps.aligned(), steps.thought()
             if done >= 0:
                 times.append(row)
                 progress(done + 1, rounds)
-        plain, raw, aligned = (_median_ms(series) for series in zip(*times, strict=True))
+        plain, raw, aligned, thought = map(_median_ms, zip(*times, strict=True))
         steps.close()
         context.clear()
         prefill = [_prefill(context, min(_PREFILL, n_ctx - 1)) for _ in range(3)]
@@ -145,6 +156,7 @@ def measure(
         plain_step_ms=plain,
         raw_step_ms=raw,
         aligned_step_ms=aligned,
+        thought_step_ms=thought,
         combine_ms=own.combine_ms,
         combine_sample_ms=own.combine_sample_ms,
         prefill_tokens_per_s=statistics.median(prefill),
@@ -164,9 +176,18 @@ class _Steps:
         self._tokens = _some_tokens(model, _DEPTH)
         for sequence in range(3):
             self._read(sequence)
-        self._generation = engine.submit(self._request())
-        while self._generation.n_tokens == 0:
+        self._generation = self._begin(engine, None)
+        n_ctx, n_threads = min(_THOUGHT_CTX, engine.n_ctx), engine.chosen_threads
+        self._thinking = Engine(
+            model, lambda n: Context(model, n_sequences=n, n_ctx=n_ctx, n_threads=n_threads)
+        )
+        self._thought = self._begin(self._thinking, _THINKS)
+
+    def _begin(self, engine: Engine, thoughts: ThoughtRule | None) -> Generation:
+        generation = engine.submit(dataclasses.replace(self._request(), thoughts=thoughts))
+        while generation.n_tokens == 0 and not generation.is_finished:
             engine.step()
+        return generation
 
     def _read(self, sequence: int) -> None:
         rest = self._tokens
@@ -204,15 +225,39 @@ class _Steps:
 
     def aligned(self) -> float:
         if self._generation.is_finished:  # by an end of text, say
-            self._generation = self._engine.submit(self._request())
-            while self._generation.n_tokens == 0 and not self._generation.is_finished:
-                self._engine.step()
-        begin = time.perf_counter()
-        self._engine.step()
-        return time.perf_counter() - begin
+            self._generation = self._begin(self._engine, None)
+        return _time(self._engine.step)
+
+    def thought(self) -> float:
+        if self._thought.is_finished:
+            self._thought = self._begin(self._thinking, _THINKS)
+        return _time(self._thinking.step)
 
     def close(self) -> None:
         self._engine.cancel(self._generation)
+        self._thinking.close()
+
+
+class _Always:
+    """Whatever is written is a thought."""
+
+    state: Final = "thought"
+    has_thought: Final = True
+
+    def anew(self) -> _Always:
+        return self
+
+    def may_open(self, token: int) -> bool:
+        return False
+
+    def push(self, token: int) -> list[tuple[Kind, str]]:
+        return []
+
+    def end(self) -> list[tuple[Kind, str]]:
+        return []
+
+
+_THINKS: Final = ThoughtRule(_Always(), Mixture((0.0, 1.0), (0.0, 1.0)), None, ())
 
 
 def _kernels(n_vocab: int, rounds: int) -> KernelTimes:

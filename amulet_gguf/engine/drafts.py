@@ -30,6 +30,7 @@ _MAX_ROWS: Final = 16
 #: Of 1, 2, 4, 8 and 16 rows, as a CPU of two cores had them with 0.5 and 1.5 billion parameters.
 _TYPICAL: Final = (1.0, 1.75, 2.45, 4.2, 6.3)
 _MEMORY_OF_TIMES: Final = 0.98  # of what steps took, per step
+_MAX_POWER: Final = 4.0  # beyond it, a step was slow by chance
 _DOUBT: Final = 0.01  # that a machine differs: as a variance of log times
 
 
@@ -67,7 +68,8 @@ class RowTimes:
         self._xx += gain * (x * x - self._xx)
         self._xy += gain * (x * y - self._xy)
         spread = self._xx - self._x**2 + _DOUBT
-        self._power = max(0.0, (self._xy - self._x * self._y + _DOUBT) / spread)
+        power = (self._xy - self._x * self._y + _DOUBT) / spread
+        self._power = min(max(0.0, power), _MAX_POWER)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from amulet_gguf.engine.answer import FinishReason, Kind, Piece, Timings, Usage
 from amulet_gguf.engine.context import Context
 from amulet_gguf.engine.drafts import Step
-from amulet_gguf.engine.request import Request
+from amulet_gguf.engine.request import Request, State
 from amulet_gguf.engine.text import TextAssembler
 from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.explanation import Explanation, explain
@@ -89,11 +89,13 @@ class Generation:
 
     def _now(self, mixture: Mixture) -> Mixture:
         """Return the mixture of the next token: this one, if it is not of a thought."""
-        return self._of_thoughts if self._is_thinking and self._of_thoughts is not None else mixture
+        return (
+            self._of_thoughts if self._state == "thought" and self._of_thoughts is not None else mixture
+        )
 
     @property
-    def _is_thinking(self) -> bool:
-        return self._thoughts is not None and self._thoughts.state == "thought"
+    def _state(self) -> State:
+        return "answer" if self._thoughts is None else self._thoughts.state
 
     @property
     def n_tokens(self) -> int:
@@ -269,7 +271,7 @@ class Generation:
         self.request.sampler.bias(logits)
         prompted = mixture.combine(logits, row, lambda token: self._is_plain(token, detokenizer))
         changed = int(argmax(row)) != prompted  # before penalties and chance have their say
-        n_alternatives = 0 if self._is_thinking else self.request.n_alternatives
+        n_alternatives = 0 if self._state == "thought" else self.request.n_alternatives
         combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
         token = self.request.sampler.sample(row)
         if self.first_token_at is None:
@@ -293,7 +295,7 @@ class Generation:
 
     def _is_plain(self, token: int, detokenizer: Detokenizer) -> bool:
         """Tell whether a token, ordinary prompting's best, is to be written as that would."""
-        if self._thoughts is not None and self._thoughts.state == "open":
+        if self._thoughts is not None and self._state == "open":
             return self._thoughts.may_open(token)
         return self.request.protects_facts and self._facts.include(detokenizer.token_bytes(token))
 
@@ -317,8 +319,11 @@ class Generation:
                     text += self._text.push(said.encode())
             if not text:  # else it is the first of the answer
                 self._n_thought += 1
-            if self._is_thinking:
-                kind, changed, explanation = "thought", False, None
+                changed, explanation = False, None
+            if self._state == "thought":
+                kind = "thought"
+            elif self._state == "answer" and not thoughts.has_thought:
+                self._n_thought = 0  # what came before was its beginning
         piece = Piece(text, token, changed, None, explanation, kind)
         if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
             return
@@ -333,7 +338,7 @@ class Generation:
         """End a thought that is too long; return whether it was."""
         rule = self.request.thoughts
         limit = None if rule is None else rule.max_tokens
-        if rule is None or limit is None or not self._is_thinking or self._n_thought < limit:
+        if rule is None or limit is None or self._state != "thought" or self._n_thought < limit:
             return False
         for token in rule.ending:
             self._write(token, False, None, detokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from amulet_gguf.engine.answer import Kind
 from amulet_gguf.engine.drafts import Drafts
@@ -12,12 +12,17 @@ from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import Sampler
 
+#: What the next token of an answer belongs to; "open" where a thought may begin.
+State: TypeAlias = Literal["open", "thought", "answer"]
+
 
 class Thoughts(Protocol):
     """What the engine needs of `amulet_gguf.prompts.thoughts.Thinking`, which follows one answer."""
 
     @property
-    def state(self) -> Literal["open", "thought", "answer"]: ...
+    def state(self) -> State: ...
+    @property
+    def has_thought(self) -> bool: ...
     def anew(self) -> Thoughts: ...
     def may_open(self, token: int) -> bool: ...
     def push(self, token: int) -> Sequence[tuple[Kind, str]]: ...

@@ -100,13 +100,14 @@ class Thoughts:
 
     Attributes:
         state: what the next text belongs to; "open" where a thought or the answer may begin.
+        has_thought: there was one, or a mark that says that there is none.
     """
 
     def __init__(self, marks: Marks, state: State) -> None:
         self._marks = marks
         self.state = state
         self._held = ""  # it may be the beginning of a mark
-        self._has_thought = state == "thought"
+        self.has_thought = state == "thought"
 
     def may_open(self, text: str) -> bool:
         """Tell whether a mark would begin or go on with this text."""
@@ -147,12 +148,12 @@ class Thoughts:
             if told.startswith(mark):
                 self._held = told[len(mark) :]
                 self.state = "answer" if mark in self._marks.answers else "thought"
-                self._has_thought = True
+                self.has_thought = True
                 return True
         marks = (*self._marks.answers, *self._marks.opens)
         if not final and (not told or any(mark.startswith(told) for mark in marks)):
             return False
-        if self._has_thought:
+        if self.has_thought:
             self._held = told
         self.state = "answer"
         return True
@@ -181,6 +182,11 @@ class Thinking:
     def state(self) -> State:
         """What the next token belongs to."""
         return self._thoughts.state
+
+    @property
+    def has_thought(self) -> bool:
+        """Whether there was a thought, or a mark that says that there is none."""
+        return self._thoughts.has_thought
 
     def may_open(self, token: int) -> bool:
         """Tell whether a token may begin a thought, or go on with its mark."""

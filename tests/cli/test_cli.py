@@ -382,6 +382,7 @@ def test_bench_measures_all_it_names() -> None:
         "plain_step_ms",
         "raw_step_ms",
         "aligned_step_ms",
+        "thought_step_ms",
         "combine_ms",
         "combine_sample_ms",
         "prefill_tokens_per_s",
