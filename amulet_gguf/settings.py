@@ -98,7 +98,7 @@ class Settings(Declared):
         (),
         "What the answer should be: one of "
         + ", ".join(PRESETS)
-        + ", or a sentence of your own. Repeat "
+        + ", or a sentence of your own, or @FILE. Repeat "
         "for several; a negative weight pushes away.",
         "preferences",
         flag="-p",

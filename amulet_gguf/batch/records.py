@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import dataclasses
 import difflib
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from amulet_gguf.errors import AmuletError, BatchError, PromptError, SettingError
+from amulet_gguf.home.text import as_utf8
 from amulet_gguf.prompts.messages import Message, conversation
 from amulet_gguf.settings import SETTINGS, Settings
 
 _PROMPTS: Final = ("prompt", "question", "messages")
+_KNOWN: Final = frozenset((*SETTINGS, *_PROMPTS))
 _IDS: Final = ("id", "index")
 _MISSPELT: Final = (*SETTINGS, *_PROMPTS)
 _MAX_DEPTH: Final = 100
@@ -66,14 +67,17 @@ def read_records(data: bytes, settings: Settings, *, is_csv: bool = False) -> li
     Args:
         data: lines of JSON objects, a JSON list of objects, or CSV with a header, in UTF-8. A record
             has "prompt" (or "question") or "messages", and may have "id" (or "index"), any field of
-            `Settings`, and others, which are handed through. In CSV, empty cells are absent fields and
-            cells that begin with [ are JSON.
+            `Settings`, and others, which are handed through; one that is null is absent. In CSV, empty
+            cells are absent fields and cells that begin with [ are JSON.
         settings: for what records leave out.
 
     Raises:
         BatchError: the input as a whole cannot be read.
     """
-    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        data = as_utf8(data)
+    except UnicodeError:
+        raise BatchError("the input is not text in UTF-8: save it as such") from None
     if is_csv:
         items = _csv_items(data)
     elif data.lstrip()[:1] == b"[":
@@ -182,6 +186,7 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
         return Record(line, error=f"not an object with a prompt: {_shown(json.dumps(item))}")
     if _is_deep(item):
         return Record(line, error=f"nested more than {_MAX_DEPTH} deep")
+    item = {name: value for name, value in item.items() if value is not None or name not in _KNOWN}
     extra = {
         name: value
         for name, value in item.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -14,6 +15,7 @@ from click.shell_completion import CompletionItem
 
 from amulet_gguf.declaration import SEVERAL, Setting
 from amulet_gguf.errors import SettingError
+from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.loading import LOADING, Loading
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.settings import SETTINGS, Settings
@@ -26,6 +28,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: Said where it does not; the model's own strength may be 1.
 IDLE_AVOID: Final = "beside a preference, what to avoid counts beyond strength 1 only"
+_WEIGHT = re.compile(r":(-?[0-9]+(?:\.[0-9]*)?)$")
 _MAX_PROMPT_BYTES = 16 * 2**20
 _PROFILE: Final = "amulet_gguf.profile"  # in a context's `meta`: values of the chosen profile
 _PAPER: Final = ("alpha", "lam", "eta", "iterations")
@@ -202,26 +205,42 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         file = "-"
     parts = [] if prompt is None else [prompt]
     if file is not None:
-        with click.open_file(file, "rb") as stream:
-            data = stream.read(_MAX_PROMPT_BYTES + 1)
-        name = "stdin" if file == "-" else file
-        if len(data) > _MAX_PROMPT_BYTES:
-            raise click.UsageError(
-                f"{name} is too large for a prompt: over {_MAX_PROMPT_BYTES >> 20} MB"
-            )
-        try:
-            parts.append(data.decode("utf-8-sig").strip("\r\n"))
-        except UnicodeDecodeError:
-            raise click.UsageError(f"{name} is not text in UTF-8") from None
+        parts.append(_read_text(file).strip("\n"))
     text = "\n\n".join(parts)
     if not text.strip():
         raise click.UsageError("the prompt is empty: say what to write about")
     return text
 
 
+def _read_text(file: str) -> str:
+    name = "stdin" if file == "-" else file
+    with click.open_file(file, "rb") as stream:
+        data = stream.read(_MAX_PROMPT_BYTES + 1)
+    if len(data) > _MAX_PROMPT_BYTES:
+        raise click.UsageError(f"{name} is too large: over {_MAX_PROMPT_BYTES >> 20} MB")
+    try:
+        return decoded(data)
+    except UnicodeError:
+        raise click.UsageError(f"{name} is not text in UTF-8: save it as such") from None
+
+
+def _preference(text: str) -> str | tuple[str, float]:
+    """Return a preference as it is typed; @FILE or @FILE:WEIGHT stands for what is in a file."""
+    if not text.startswith("@"):
+        return text
+    file, weight = text[1:], 1.0
+    if (match := _WEIGHT.search(file)) and not os.path.exists(file):
+        file, weight = file[: match.start()], float(match[1])
+    if not os.path.isfile(file):
+        raise click.UsageError(f"there is no file {file}: a preference @FILE is read from it")
+    return _read_text(file).strip(), weight
+
+
 def typed_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that were typed, those of the paper's parameters among them, by field."""
     given = {name: options[name] for name in SETTINGS if options[name] not in (None, ())}
+    if "prefer" in given:
+        given["prefer"] = list(map(_preference, given["prefer"]))
     paper = {name: options[name] for name in _PAPER if options[name] is not None}
     if paper:
         if "strength" in given:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from amulet_gguf.errors import AmuletError, SessionError
 from amulet_gguf.home.files import replacing, write_atomically
 from amulet_gguf.home.paths import sessions_folder
+from amulet_gguf.prompts.messages import THOUGHT
 from amulet_gguf.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
@@ -158,9 +159,12 @@ def remove(name: str) -> None:
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
-    messages = [{"role": each["role"], "content": each["content"]} for each in value]
+    kept = ("role", "content", THOUGHT)
+    messages = [{name: each[name] for name in kept if name in each} for each in value]
     for i, message in enumerate(messages):
-        if message["role"] != ("user", "assistant")[i % 2] or not isinstance(message["content"], str):
+        if message["role"] != ("user", "assistant")[i % 2] or not all(
+            isinstance(each, str) for each in message.values()
+        ):
             raise ValueError(f"message {i + 1} is not one of user and assistant in turn")
     if len(messages) % 2:
         raise ValueError("the last message has no answer")

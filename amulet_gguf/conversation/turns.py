@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.answer import Piece, joined
 from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import PromptError
-from amulet_gguf.prompts.messages import Message
+from amulet_gguf.prompts.messages import THOUGHT, Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Encoded
 from amulet_gguf.settings import Options, Settings
@@ -122,7 +122,10 @@ class Conversation(Generic[AnyStream]):
             self.settings = self.settings.replace(**adjusted)
             # One without an answer is left out: the user can ask again.
             if stream.text and self.messages == before:
-                self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+                said = {"role": "assistant", "content": stream.text}
+                if thought := joined(stream.pieces, "thought"):
+                    said[THOUGHT] = thought
+                self.messages = [*messages, said]
                 self.pieces = list(stream.pieces)
 
         return self._host.start(plan, asked, is_adjustable=True, on_prefill=on_prefill, on_end=add)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from amulet_gguf.errors import ConfigError, SettingError, shown
 from amulet_gguf.home.files import locked, write_atomically
 from amulet_gguf.home.paths import config_file
+from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.loading import LOADING
 from amulet_gguf.settings import SETTINGS, Settings
 
@@ -273,13 +274,13 @@ def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path} is too large for a configuration")
-        return path.read_bytes().decode("utf-8-sig")
+        return decoded(path.read_bytes())
     except FileNotFoundError:
         return ""
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not text in UTF-8") from None
+    except UnicodeError:
+        raise ConfigError(f"{path} is not text in UTF-8: save it as such") from None
 
 
 def _parse_toml(text: str, path: Path) -> TOMLDocument:

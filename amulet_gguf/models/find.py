@@ -165,9 +165,7 @@ def _files() -> Iterator[tuple[Path, str, str]]:
     hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     hub_home = os.environ.get("HF_HOME") or home / ".cache" / "huggingface"
     for repo in _children(Path(hub) if hub else Path(hub_home) / "hub", "models--*--*"):
-        snapshots = sorted(_children(repo / "snapshots", "*"), key=_changed_at)
-        for path in _below(snapshots[-1]) if snapshots else ():
-            yield path, "/".join(repo.name.split("--")[1:]), "hub cache"
+        yield from _of_hub(repo)
     yield from _of_ollama(Path(os.environ.get("OLLAMA_MODELS") or home / ".ollama" / "models"))
     for folder in (home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"):
         for path in _below(folder):
@@ -176,6 +174,18 @@ def _files() -> Iterator[tuple[Path, str, str]]:
 
 def _place(path: Path, folder: Path) -> str:
     return path.relative_to(folder).parent.as_posix()
+
+
+def _of_hub(repo: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield what a repository's snapshots hold, the newest first, each content once."""
+    place, seen = "/".join(repo.name.split("--")[1:]), set()
+    snapshots = sorted(_children(repo / "snapshots", "*"), key=_changed_at, reverse=True)
+    for number, snapshot in enumerate(snapshots):
+        for path in _below(snapshot):
+            content = path.resolve()  # snapshots are links to the files of a store
+            if content not in seen:
+                seen.add(content)
+                yield path, f"{place}@{snapshot.name[:7]}" if number else place, "hub cache"
 
 
 def _of_ollama(folder: Path) -> Iterator[tuple[Path, str, str]]:

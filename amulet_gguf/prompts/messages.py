@@ -9,9 +9,12 @@ from typing import Any, Final
 from amulet_gguf.errors import PromptError, SettingError, shown
 from amulet_gguf.settings import Placement
 
-#: As they are given: "role" and "content", a text or a list of {"type": "text", "text": …}.
+#: As they are given: "role" and "content", a text or a list of {"type": "text", "text": …}; the
+#: assistant's may have `THOUGHT`, which the model's template keeps or drops.
 Message = Mapping[str, Any]
 
+#: What the assistant thought before it said something.
+THOUGHT: Final = "reasoning_content"
 _ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -57,7 +60,11 @@ def _checked(message: Message) -> dict[str, str]:
         raise PromptError(f"a message needs a role and content, got {shown(message)}") from None
     if not isinstance(role, str) or role not in _ROLES:
         raise PromptError(f"a message's role must be one of {', '.join(_ROLES)}, got {shown(role)}")
-    return {"role": _ROLES[role], "content": _text(role, content)}
+    checked = {"role": _ROLES[role], "content": _text(role, content)}
+    thought = message.get(THOUGHT)
+    if role == "assistant" and isinstance(thought, str):
+        checked[THOUGHT] = thought
+    return checked
 
 
 def _text(role: str, content: Any) -> str:

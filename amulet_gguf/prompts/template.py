@@ -20,7 +20,7 @@ import numpy as np
 from amulet_gguf.errors import PromptError
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.vocabulary import Vocabulary
-from amulet_gguf.prompts.messages import reshaped, split
+from amulet_gguf.prompts.messages import THOUGHT, reshaped, split
 from amulet_gguf.prompts.rendering import Renderer, TimeUpError
 from amulet_gguf.prompts.thoughts import IN_HISTORIES, find_marks, follows
 
@@ -29,6 +29,7 @@ CHATML: Final = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_THOUGHT_NAMES: Final = (THOUGHT, "reasoning", "thinking")  # in templates of different families
 _RECOGNIZED: Final = 40  # characters of a system prompt: a template may change the rest
 _MAX_PROMPT: Final = 4_000_000  # characters; far more than a context holds
 
@@ -168,7 +169,10 @@ class ChatTemplate:
         names = self._special_but_thoughts if message["role"] == "assistant" else self._special
         if names.search(content):
             content = names.sub(lambda match: match[0] + _CUT, content)
-        return {**message, "content": content}
+        if THOUGHT not in message:
+            return {**message, "content": content}
+        thought = self._special.sub(lambda match: match[0] + _CUT, message[THOUGHT].replace(_CUT, ""))
+        return {**message, "content": content, **dict.fromkeys(_THOUGHT_NAMES, thought)}
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         """Render messages, in another form if the template refuses them as they are, or leaves a system

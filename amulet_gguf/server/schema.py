@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from amulet_gguf.prompts.messages import THOUGHT
 from amulet_gguf.server.errors import RequestError
 from amulet_gguf.settings import SETTINGS
 
@@ -164,7 +165,10 @@ def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
         if message.content is None and message.role != "assistant":
             raise RequestError(400, f"a message of the {message.role} needs content", param="messages")
         role = "system" if message.role == "developer" else message.role
-        found.append({"role": role, "content": _text(message.content or "")})
+        known = {"role": role, "content": _text(message.content or "")}
+        if isinstance(extra.get(THOUGHT), str):
+            known[THOUGHT] = extra[THOUGHT]
+        found.append(known)
     return found
 
 

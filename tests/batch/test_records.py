@@ -81,6 +81,39 @@ def test_a_record_is_what_its_line_says_and_else_what_the_settings_say() -> None
     assert [record.error for record in (first, second, third, fourth, fifth)] == [None] * 5
 
 
+def test_null_is_absent_and_utf_16_is_read() -> None:
+    shared = Settings(strength=3, seed=5, stop="x")
+    record = {
+        "prompt": "Hi",
+        "strength": None,
+        "seed": None,
+        "stop": None,
+        "messages": None,
+        "mine": None,
+    }
+    (found,) = read_records(json.dumps(record).encode("utf-16"), shared)
+    assert (found.prompt, found.settings, found.extra) == ("Hi", shared, {"mine": None})
+    with pytest.raises(BatchError, match="UTF-8"):
+        read_records(b"\xff\xfea", shared)
+
+
+def test_records_take_what_clients_send() -> None:
+    record = {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": None},
+            {"role": "user", "content": "Well?"},
+        ],
+        "prefer": [{"text": "formal", "weight": 0.5}],
+        "template_args": {"enable_thinking": False},
+        "think": False,
+    }
+    (found,) = read_records(json.dumps(record).encode(), Settings())
+    assert found.error is None
+    assert found.settings.prefer[0].weight == 0.5
+
+
 @pytest.mark.parametrize("bom", [b"", BOM], ids=["", "bom"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
 def test_formats_of_equal_content_give_equal_records(bom: bytes, end: str) -> None:
@@ -224,7 +257,6 @@ BAD: list[tuple[bytes | Mapping[str, Any], str]] = [
     ({**ONE, "strength": 10**400}, "strength must be"),
     ({**ONE, "strength": float("nan")}, "strength must be"),
     ({**ONE, "strength": float("-inf")}, "strength must be"),
-    ({**ONE, "temperature": None}, "temperature must be"),
     ({**ONE, "max_tokens": 0}, "max_tokens must be"),
     ({**ONE, "max_tokens": 2.5}, "max_tokens must be"),
     ({**ONE, "max_tokens": True}, "max_tokens must be"),

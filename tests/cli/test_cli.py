@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from click.testing import CliRunner, Result
 from amulet_gguf import __version__
 from amulet_gguf.batch.records import read_records
 from amulet_gguf.cli import main
+from amulet_gguf.cli.options import typed_settings
 from amulet_gguf.cli.terminal import LateBar, Output, printable
 from amulet_gguf.models import find as models
 from amulet_gguf.settings import SETTINGS, Settings
@@ -220,6 +222,8 @@ def test_prompts_come_from_arguments_files_and_pipes(tmp_path: Path) -> None:
             ([], data),
             (["-"], data),
             (["-f", "-"], data),
+            ([], data.decode().encode("utf-16")),
+            (["-f", "-"], codecs.BOM_UTF8 + data),
         )
     }
     assert len(outputs) == 1
@@ -344,6 +348,18 @@ def test_compare_shows_four_answers_and_marks_what_changed() -> None:
     assert any(changed for _, changed in record["amulet"]["pieces"])
     record = json.loads(run(*told[:4], "-n", "1", "--json").stdout)
     assert record["amulet"]["strength"] == 1  # what this model bears
+
+
+def test_a_preference_comes_from_a_file(tmp_path: Path) -> None:
+    style = tmp_path / "style.md"
+    style.write_bytes("Write like a sailor.\r\nBe brief.\r\n".encode("utf-16"))
+    options = dict.fromkeys([*SETTINGS, "alpha", "lam", "eta", "iterations"])
+    for typed, weight in ((f"@{style}", 1.0), (f"@{style}:-0.5", -0.5)):
+        (found,) = Settings(**typed_settings({**options, "prefer": (typed,)})).prefer
+        assert (found.text, found.weight) == ("Write like a sailor.\nBe brief.", weight)
+    refused = run("generate", PROMPT, "--prefer", "@nowhere.md:2")
+    assert refused.exit_code == 2
+    assert "there is no file nowhere.md" in refused.stderr
 
 
 @pytest.mark.model

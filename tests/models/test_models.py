@@ -293,6 +293,28 @@ def test_models_of_other_programs_are_found_and_named(home: Path, tiny: Tiny) ->
     assert find_model("llama3.2").name == f"sha256-{digest}"
 
 
+def test_every_snapshot_of_a_hub_repository_is_listed(home: Path, tiny: Tiny) -> None:
+    """What is there only in an older one, too; what is the same in both once."""
+    folder = home / "hf/hub/models--own--repo"
+    for n, (revision, name, content) in enumerate(
+        [
+            ("0" * 40, "M-Q4_0.gguf", "one"),
+            ("0" * 40, "M-Q8_0.gguf", "two"),
+            ("f" * 40, "M-Q4_0.gguf", "one"),
+        ]
+    ):
+        blob = folder / "blobs" / content
+        if not blob.exists():
+            put(blob, tiny("llama"))
+        link = folder / "snapshots" / revision / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+        os.utime(link.parent, (n, n))
+    assert sorted(model.name for model in installed()) == ["m-q4_0", "m-q8_0"]
+    assert find_model("m-q4_0").parent.name == "f" * 40
+    assert find_model("m-q8_0").parent.name == "0" * 40
+
+
 def test_equal_names_are_told_apart_by_their_owners(home: Path) -> None:
     one, two = pulled(home, "alice/r/m.gguf"), pulled(home, "bob/r/m.gguf")
     assert [model.name for model in installed()] == ["alice/m", "bob/m"]
