@@ -276,19 +276,14 @@ class Generation:
         token = self.request.sampler.sample(row)
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        if detokenizer.ends_generation(token):
+        stops = self.request.stop_tokens if self._state == "answer" else ()
+        if detokenizer.ends_generation(token) or token in stops:
             self.finish("stop")
             return token
-        explanation = None
+        explanation, spell = None, detokenizer.token_bytes
         if n_alternatives:
             explanation = explain(
-                logits,
-                mixture.judge,
-                combined,
-                token,
-                detokenizer.token_bytes,
-                n_alternatives,
-                mixture.strength,
+                logits, mixture.judge, combined, token, spell, n_alternatives, mixture.strength
             )
         self._write(token, changed, explanation, detokenizer)
         return token

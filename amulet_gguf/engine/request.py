@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -56,6 +56,7 @@ class Request:
         sampler: chooses the tokens; belongs to this generation alone.
         max_tokens: length of the answer at most, >= 1, thoughts not counted.
         stop: stop strings, none of them empty.
+        stop_tokens: that end the answer, too: control tokens, which have no text.
         reuse: begin from what is cached of the prompts, and leave what this one read and wrote cached.
             The answer can differ in near ties: sums are in another order.
         n_alternatives: explain each token with so many of each distribution's best; 0: do not.
@@ -70,6 +71,7 @@ class Request:
     sampler: Sampler
     max_tokens: int
     stop: Sequence[str] = ()
+    stop_tokens: Collection[int] = ()
     reuse: bool = False
     n_alternatives: int = 0
     on_end: Callable[[Sequence[int]], None] | None = None

@@ -114,6 +114,7 @@ class Planner:
             sampler=Sampler(settings, self._model),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
+            stop_tokens=self._named(settings.stop),
             reuse=reuse,
             n_alternatives=n_alternatives,
             on_end=on_end,
@@ -136,6 +137,13 @@ class Planner:
             None if settings.align_thoughts or 1.0 not in alone else Mixture(alone, alone),
             settings.think_tokens,
             self._model.tokenize(marks.ending, special=True).tolist(),
+        )
+
+    def _named(self, texts: Sequence[str]) -> frozenset[int]:
+        """Return the control tokens of these names."""
+        found = (self._model.tokenize(text, special=True).tolist() for text in texts)
+        return frozenset(
+            tokens[0] for tokens in found if len(tokens) == 1 and not self._model.token_bytes(tokens[0])
         )
 
     def _drafts(

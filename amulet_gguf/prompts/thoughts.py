@@ -57,13 +57,17 @@ FAMILIES: Final = (
     _tags("[THINK]", "[/THINK]"),  # Mistral
     _tags("<seed:think>", "</seed:think>"),  # ByteDance Seed
     _tags("◁think▷", "◁/think▷"),  # Kimi VL
+    _tags("<mm:think>", "</mm:think>"),  # MiniMax M3
+    _tags("<think:opensource>", "</think:opensource>"),  # Hunyuan 3
+    _tags("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     _tags("<think>", "</think>"),  # Qwen, DeepSeek, GLM, SmolLM, Nemotron, MiniMax, Granite, LFM, …
 )
 #: Tokens that templates look for in what the assistant said before, to leave its thoughts out. Those of
 #: gpt-oss end messages, too: they stay text.
 IN_HISTORIES: Final = frozenset({
     "<think>", "</think>", "[THINK]", "[/THINK]", "<seed:think>", "</seed:think>", "◁think▷", "◁/think▷",
-    "<|START_THINKING|>", "<|END_THINKING|>", "<|channel>", "<channel|>",
+    "<|START_THINKING|>", "<|END_THINKING|>", "<|channel>", "<channel|>", "<mm:think>", "</mm:think>",
+    "<think:opensource>", "</think:opensource>", "<|inner_prefix|>", "<|inner_suffix|>",
 })  # fmt: skip
 
 
@@ -71,7 +75,9 @@ def find_marks(template: str, special: Iterable[str]) -> Marks | None:
     """Return how a model marks its thoughts, by its chat template and its special tokens; None: not."""
     names = set(special)
     for marks in FAMILIES:
-        is_named = any(each in template for each in (*marks.opens, marks.closes))
+        # Only an end that ends nothing else says so alone.
+        is_named = any(each in template for each in marks.opens)
+        is_named |= marks.closes in IN_HISTORIES and marks.closes in template
         if is_named or names.issuperset((*marks.opens, marks.closes)):
             return marks
     return None

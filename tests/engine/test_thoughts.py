@@ -146,6 +146,15 @@ def test_stop_strings_and_facts_are_the_answers_alone(tiny: Tiny, tmp_path: Path
         assert answer.finish_reason == "stop"
 
 
+def test_names_of_control_tokens_stop_the_answer_but_no_thought(tiny: Tiny, tmp_path: Path) -> None:
+    with thinker(tiny, tmp_path, FAMILIES[-1], opens=True) as amulet:
+        told = "well<|im_start|>well</think>I am<|im_start|>fine"
+        answer, _, _ = write(amulet, told, stop=["<|im_start|>", "nothing"])
+        assert (answer.thought, answer.text, answer.finish_reason) == ("wellwell", "I am", "stop")
+        answer, _, _ = write(amulet, told)
+        assert answer.text == "I amfine"
+
+
 def test_who_is_told_not_to_think_answers_at_once(tiny: Tiny, tmp_path: Path) -> None:
     marks = FAMILIES[-1]
     for opens in (False, True):

@@ -16,6 +16,7 @@ from amulet_gguf.llama.model import Model, _set_up, lib
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.prompts.messages import Message, conversation, with_preference
 from amulet_gguf.prompts.template import ChatTemplate
+from amulet_gguf.prompts.thoughts import follows, switches
 from amulet_gguf.settings import Placement
 
 chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
@@ -115,6 +116,47 @@ def test_odd_conversations_are_reshaped_or_refused_in_one_line(path: Path) -> No
             pytest.fail(f"{[m['role'] for m in messages]}: {error}")
         for message in messages:
             assert message["content"] in text
+
+
+#: What ends a thought, of the templates that name marks, by the beginnings of their files' names.
+ENDS = {
+    "</think>": (
+        "Bielik GLM Kimi-K2-Thinking HuggingFaceTB LFM2.5 MiniMax-M2 NVIDIA Qwen-QwQ Qwen-Qwen3 Qwen3.5 "
+        "Reka Spark StepFun deepseek ibm-granite-granite-3.3 inclusionai llama-cpp openbmb poolside"
+    ),
+    "</seed:think>": "ByteDance",
+    "<|END_THINKING|>": "Cohere2MoE CohereForAI-c4ai-command-r7b",
+    "</mm:think>": "MiniMax-M3",
+    "[/THINK]": "mistralai-Ministral",
+    "<channel|>": "google-gemma-4",
+    "<|end|>": "openai-gpt-oss",
+    "<|inner_suffix|>": "Apertus",
+}
+OPENS = "Cohere2MoE GLM-4.7 MiniMax-M2 NVIDIA StepFun deepseek-ai-DeepSeek-R1-Distill-Llama llama-cpp-d"
+SWITCHES = "GLM-4.6 HuggingFaceTB Qwen-Qwen3 Qwen3.5 openbmb google-gemma-4 deepseek-ai-DeepSeek-V3 incl"
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_marks_of_real_templates_are_found(path: Path) -> None:
+    template = ChatTemplate(Letters(path.read_text("utf-8")))
+    found = [] if template.marks is None else [template.marks.closes]
+    assert found == [end for end, names in ENDS.items() if path.stem.startswith(tuple(names.split()))]
+    if template.marks is None:
+        return
+
+    def state(**names: Any) -> str:
+        branch = conversation(None, [FIRST], None)
+        assert template.marks is not None
+        return follows(template.marks, template.given(names).encode(branch).text)
+
+    if path.stem.startswith(tuple(OPENS.split())):
+        assert state() == "thought"
+    if path.stem.startswith(tuple(SWITCHES.split())):
+        assert state(**switches(False, None)) == "answer"
+        assert state(**switches(True, None)) != "answer"
+    # Whatever the template says, nobody thinks who is told not to.
+    told = template.given(switches(False, None), skips_thoughts=True)
+    assert follows(template.marks, told.encode(conversation(None, [FIRST], None)).text) == "answer"
 
 
 VOCABULARIES = [path for path in sorted(MODELS.glob("*.gguf")) if Path(f"{path}.inp").exists()]
