@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from fixture_types import Tiny
 from serving import Running, is_free, serving, until
 
 from amulet_gguf.preferences import PRESETS
+from amulet_gguf.prompts.template import CHATML
 from amulet_gguf.server.guard import Access
 from amulet_gguf.taste.taste import Candidate, Choice, Taste, open_taste
 
@@ -220,13 +222,16 @@ def test_the_slider_after_an_answer_writes_it_again(page: Any) -> None:
     ask(page)
     wait_for_end(page)
     old = page.locator(".text").inner_text()
-    with page.expect_request("**/v1/chat/completions"):
-        move(page, 9)
+    move(page, 9)
+    for _ in range(500):
+        if len(bodies) > 1:
+            break
+        page.wait_for_timeout(20)  # the browser's events come meanwhile
+    wait_for_end(page)
     assert bodies[1]["prediction"]["content"].strip() == old.strip()
     assert bodies[1]["strength"] == 9
     assert bodies[1]["prefer"] == bodies[0]["prefer"]
     assert bodies[1]["messages"] == bodies[0]["messages"]
-    wait_for_end(page)
     assert page.locator(".turn").count() == 1
     new = page.locator(".text").inner_text()
     assert new
@@ -257,6 +262,37 @@ def test_an_answer_that_cannot_be_written_again_stands(page: Any) -> None:
     move(page, 7)
     page.get_by_text("not written again").wait_for()
     assert page.locator(".text").inner_text() == old
+
+
+def test_a_thought_is_folded(browser: Any, tiny: Tiny, tmp_path: Path) -> None:
+    template = tmp_path / "thinks.jinja"
+    template.write_text(CHATML.replace("assistant\n", "assistant\n<think>\n"), "utf-8")
+    with serving(tiny("llama"), n_ctx=1024, chat_template=template) as running:
+        page = browser.new_page()
+        page.goto(running.url)
+        bodies: list[dict[str, Any]] = []
+
+        def shorten(route: Any) -> None:
+            bodies.append(route.request.post_data_json)
+            route.continue_(post_data={**bodies[-1], "max_tokens": 12, "think_tokens": 20})
+
+        page.route("**/v1/chat/completions", shorten)
+        page.get_by_role("button", name="concise").click()
+        ask(page)
+        wait_for_end(page)
+        fold = page.locator("details.thought")
+        assert re.fullmatch(r"Thought for \d+\.\d s", fold.locator("summary").inner_text())
+        assert not fold.locator("div").is_visible()
+        fold.locator("summary").click()
+        thought = fold.locator("div").inner_text()
+        assert len(thought) > 10
+        assert thought not in page.locator(".text").inner_text()
+        ask(page, "And then?")
+        page.locator(".turn").nth(1).get_by_text("tokens,").wait_for()
+        said = bodies[1]["messages"][1]
+        assert said["reasoning_content"].strip() == thought.strip()
+        assert said["content"].strip() == page.locator(".text").first.inner_text().strip()
+        page.close()
 
 
 def test_stop_ends_the_answer_and_keeps_it(page: Any, server: Running) -> None:
