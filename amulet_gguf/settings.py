@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Options(TypedDict, total=False):
     logit_bias: BiasesLike
     seed: int | None
     template_args: ArgumentsLike
+    date: str | None
     think: bool | None
     think_effort: Effort | None
     think_tokens: int | None
@@ -204,6 +206,13 @@ class Settings(Declared):
         flag="--template-arg",
         metavar="NAME=VALUE",
     )
+    date: str | None = setting(
+        None,
+        "What a chat template takes for today, as 2026-11-26.",
+        "text",
+        metavar="DATE",
+        otherwise="when the conversation began",
+    )
     think: bool | None = setting(
         None,
         "Think before answering, or answer at once, with models that can do both.",
@@ -243,6 +252,13 @@ class Settings(Declared):
             except SettingError as error:
                 raise SettingError(str(error), "avoid") from None
             object.__setattr__(self, "avoid", avoid)
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError:
+                raise SettingError(
+                    f"date must be a day as 2026-11-26, got {self.date!r}", "date"
+                ) from None
         taken = _TEMPLATE_NAMES.intersection(name for name, _ in self.template_args)
         if taken:
             raise SettingError(

@@ -53,6 +53,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
         {"enable_thinking": False, "date": "May"},
         '{"enable_thinking": false, "date": "May"}',
     ),
+    "date": ("2026-01-31", "2026-01-31"),
     "think": (False, "false"),
     "think_effort": ("low", "low"),
     "think_tokens": (9, "9"),

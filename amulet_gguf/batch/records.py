@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import io
@@ -87,6 +88,18 @@ def read_records(data: bytes, settings: Settings, *, is_csv: bool = False) -> li
     return [
         Record(line, error=str(item)) if isinstance(item, _Bad) else _record(line, item, settings)
         for line, item in items
+    ]
+
+
+def dated(records: list[Record], chat_template: str | None) -> list[Record]:
+    """Return records that all take the same day for today, if the chat template tells it: then their
+    keys do, too."""
+    if "strftime_now" not in (chat_template or ""):
+        return list(records)
+    today = datetime.date.today().isoformat()
+    return [
+        dataclasses.replace(each, settings=each.settings.replace(date=each.settings.date or today))
+        for each in records
     ]
 
 

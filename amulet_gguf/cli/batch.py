@@ -109,7 +109,7 @@ def batch(
     loading, settings = loading_from(options), settings_from(options)
     if loading.rpc is not None and address is not None:
         raise click.UsageError("--ray gives each worker a whole model, --rpc parts of one: choose")
-    from amulet_gguf.batch.records import read_input, read_records
+    from amulet_gguf.batch.records import dated, read_input, read_records
 
     if input == "-":
         records = read_records(sys.stdin.buffer.read(), settings)
@@ -122,6 +122,7 @@ def batch(
     from amulet_gguf.batch.run import answers, result
 
     with loaded_model(loading) as loaded:
+        records = dated(records, loaded.chat_template)
         path = loaded.path
         name = f"{path.name} {path.stat().st_size}"
         keys = {record.line: record.key(name) for record in records}

@@ -8,6 +8,7 @@ turn reads it first, many tokens at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import date
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from amulet_gguf.amulet import Amulet
@@ -56,6 +57,7 @@ class Conversation(Generic[AnyStream]):
     ) -> None:
         self._host = host
         self.settings = settings or Settings()
+        self._today: str | None = None  # that a template was told, if nobody named a date
         self.messages: list[dict[str, str]] = [dict(message) for message in messages]
         self.pieces: list[Piece] = []
 
@@ -109,6 +111,9 @@ class Conversation(Generic[AnyStream]):
         on_prefill: OnPrefill | None,
         options: Options,
     ) -> AnyStream:
+        if self.settings.date == self._today and not self.messages:
+            self._today = date.today().isoformat()  # another conversation, on another day perhaps
+            self.settings = self.settings.replace(date=self._today)
         self.settings = asked = self.settings.replace(**options)
         before = list(self.messages)
 

@@ -52,13 +52,19 @@ class Planner:
 
     def transcripts(self, settings: Settings) -> Transcripts:
         """Return what was written where the chat template was given the same names."""
-        return self._transcripts(settings.template_args, settings.think, settings.think_effort)
+        return self._transcripts(
+            settings.template_args, settings.date, settings.think, settings.think_effort
+        )
 
     def _new_transcripts(
-        self, arguments: tuple[tuple[str, str], ...], think: bool | None, effort: str | None
+        self,
+        arguments: tuple[tuple[str, str], ...],
+        date: str | None,
+        think: bool | None,
+        effort: str | None,
     ) -> Transcripts:
         names = switches(think, effort) | {name: json.loads(value) for name, value in arguments}
-        template = self.template.given(names, skips_thoughts=think is False)
+        template = self.template.given(names, date=date, skips_thoughts=think is False)
         return Transcripts(template, self._model.token_bytes)
 
     def request(
@@ -99,8 +105,11 @@ class Planner:
             transcripts = self.transcripts(settings)
             known = transcripts.known(base) if reuse else None
             placement = _placement(settings)
+            began = self.template.began(base)  # of all branches
             encoded = [
-                transcripts.template.encode(with_preference(base, texts[branch], placement), known)
+                transcripts.template.encode(
+                    with_preference(base, texts[branch], placement), known, began
+                )
                 for branch in needed.branches
             ]
             branches = [each.tokens for each in encoded]

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +33,7 @@ CHATML: Final = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _THOUGHT_NAMES: Final = (THOUGHT, "reasoning", "thinking")  # in templates of different families
+_MAX_BEGINNINGS: Final = 4096
 _RECOGNIZED: Final = 40  # characters of a system prompt: a template may change the rest
 _MAX_PROMPT: Final = 4_000_000  # characters; far more than a context holds
 
@@ -44,6 +48,34 @@ class Encoded:
 
     text: str
     tokens: Tokens
+
+
+class Beginnings:
+    """When conversations began, so that midnight does not change the prompts of those under way."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[bytes, tuple[datetime, datetime]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, messages: Sequence[Mapping[str, str]]) -> datetime:
+        """Return when a conversation that begins with the same turn of the user began. One that was not
+        gone on with for a day is forgotten."""
+        state = hashlib.sha256()
+        for message in messages:
+            for part in (message["role"], message["content"]):
+                data = part.encode("utf-8", "surrogatepass")
+                state.update(len(data).to_bytes(8, "little") + data)
+            if message["role"] == "user":
+                break
+        now = datetime.now()
+        with self._lock:
+            began, used = self._known.pop(state.digest(), (now, now))
+            if now - used > timedelta(days=1):
+                began = now
+            self._known[state.digest()] = began, now
+            if len(self._known) > _MAX_BEGINNINGS:
+                self._known.popitem(last=False)
+        return began
 
 
 class ChatTemplate:
@@ -65,15 +97,21 @@ class ChatTemplate:
         self.marks = find_marks(source, vocabulary.special_texts())
         self._names: Mapping[str, Any] = {}
         self._skips_thoughts = False
+        self._date: str | None = None
+        self._beginnings = Beginnings()
 
-    def given(self, names: Mapping[str, Any], *, skips_thoughts: bool = False) -> ChatTemplate:
+    def given(
+        self, names: Mapping[str, Any], *, date: str | None = None, skips_thoughts: bool = False
+    ) -> ChatTemplate:
         """Return the same template, which finds these values by their names.
 
         Args:
+            date: what it takes for today, ISO 8601. None: the day on which a conversation began.
             skips_thoughts: answers begin at once.
         """
         other = copy.copy(self)
         other._names = names
+        other._date = date
         other._skips_thoughts = skips_thoughts
         return other
 
@@ -91,10 +129,15 @@ class ChatTemplate:
         texts = [re.escape(text) for text in special if len(text) > 1]
         return re.compile(f"(?={'|'.join(texts)})." if texts else "(?!)", re.DOTALL)
 
+    def began(self, messages: Sequence[Mapping[str, str]]) -> datetime:
+        """Return when a conversation of this beginning was first encoded, or now if that is new."""
+        return self._beginnings.of(messages)
+
     def encode(
         self,
         messages: Sequence[Mapping[str, str]],
         known: Encoded | None = None,
+        began: datetime | None = None,
     ) -> Encoded:
         """Return the prompt of a conversation, with n >= 1 tokens.
 
@@ -103,12 +146,14 @@ class ChatTemplate:
             known: tokens of a text that the prompt may begin with, such as that of the turns before.
                 A model can write a text in other tokens than its tokenizer would, and those that it
                 wrote are the ones that are cached.
+            began: when the conversation did, for templates that tell the date; None: see `began`.
 
         Raises:
             PromptError: the template refuses the conversation, fails, or takes too long.
         """
         asked, begun = split(messages)
-        text = self._rendered([self._defuse(message) for message in asked])
+        now = datetime.fromisoformat(self._date) if self._date else began or self.began(messages)
+        text = self._rendered([self._defuse(message) for message in asked], now)
         if self.marks is not None and (begun or self._skips_thoughts):
             following = follows(self.marks, text)
             if following == "thought":
@@ -174,26 +219,26 @@ class ChatTemplate:
         thought = self._special.sub(lambda match: match[0] + _CUT, message[THOUGHT].replace(_CUT, ""))
         return {**message, "content": content, **dict.fromkeys(_THOUGHT_NAMES, thought)}
 
-    def _rendered(self, messages: list[dict[str, str]]) -> str:
+    def _rendered(self, messages: list[dict[str, str]], now: datetime) -> str:
         """Render messages, in another form if the template refuses them as they are, or leaves a system
         prompt out."""
         try:
-            return self._render(messages)
+            return self._render(messages, now)
         except TimeUpError:
             raise
         except PromptError as error:
             for form in reshaped(messages):
                 with contextlib.suppress(PromptError):
-                    return self._render(form)
+                    return self._render(form, now)
             raise error from None
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, str]], now: datetime) -> str:
         vocabulary = self._vocabulary
         names = {
             name: vocabulary.token_text(token) if token >= 0 else ""
             for name, token in (("bos_token", vocabulary.bos), ("eos_token", vocabulary.eos))
         }
-        text = self._renderer.render(messages, datetime.now(), {**names, **self._names})
+        text = self._renderer.render(messages, now, {**names, **self._names})
         for message in messages:
             beginning = message["content"].strip().split("\n")[0][:_RECOGNIZED]
             if message["role"] == "system" and beginning not in text:

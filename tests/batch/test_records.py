@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet_gguf.batch.records import RESULT_FIELDS, Record, digest, read_input, read_records
+from amulet_gguf.batch.records import RESULT_FIELDS, Record, dated, digest, read_input, read_records
 from amulet_gguf.errors import BatchError
 from amulet_gguf.preferences import Preference
 from amulet_gguf.settings import Settings
@@ -95,6 +95,15 @@ def test_null_is_absent_and_utf_16_is_read() -> None:
     assert (found.prompt, found.settings, found.extra) == ("Hi", shared, {"mine": None})
     with pytest.raises(BatchError, match="UTF-8"):
         read_records(b"\xff\xfea", shared)
+
+
+def test_the_day_is_in_the_key_where_the_template_tells_it() -> None:
+    records = read_records(b'{"prompt": "Hi"}\n{"prompt": "Hi", "date": "2020-01-31"}', Settings())
+    assert dated(records, "{{ messages }}") == records
+    first, second = dated(records, "{{ strftime_now('%d') }}")
+    assert first.settings.date is not None
+    assert first.key("m") != records[0].key("m")
+    assert second == records[1]
 
 
 def test_records_take_what_clients_send() -> None:
@@ -363,7 +372,8 @@ def test_the_key_changes_with_whatever_could_change_the_result() -> None:
         "max_tokens": 21, "stop": "a",
         "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.2,
         "repeat_last_n": 3, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {"5": 1},
-        "seed": 0, "template_args": {"a": 1}, "think": True, "think_effort": "low", "think_tokens": 9,
+        "seed": 0, "template_args": {"a": 1}, "date": "2026-01-31",
+        "think": True, "think_effort": "low", "think_tokens": 9,
         "align_thoughts": True,
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(Settings)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis.extra import numpy as arrays
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.cli import explained, main
+from amulet_gguf.conversation import turns
 from amulet_gguf.conversation.turns import Conversation
 from amulet_gguf.errors import PromptError, PromptTooLongError, SettingError
 from amulet_gguf.method.arrays import Float32Array
@@ -92,7 +94,7 @@ def ask(conversation: Conversation[Stream], text: str, **options: object) -> tup
 def test_what_was_left_open_stays_open(tiny: Tiny) -> None:
     """What is resolved for an answer is not kept: an auto strength, a contrast without a preference."""
     with Amulet.load(tiny("llama"), n_ctx=256, n_threads=1, n_sequences=3) as loaded:
-        conversation = Conversation(loaded, Settings(avoid="verbose", max_tokens=8))
+        conversation = Conversation(loaded, Settings(avoid="verbose", max_tokens=8, date="2026-01-31"))
         asked = conversation.settings
         for _ in range(2):
             ask(conversation, "a")
@@ -100,6 +102,31 @@ def test_what_was_left_open_stays_open(tiny: Tiny) -> None:
         with conversation.ask("b") as turn:
             turn.adjust(strength=3, weights=[-2])
         assert conversation.settings == asked.replace(strength=3)
+
+
+def test_a_conversation_keeps_the_day_on_which_it_began(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Day(date):
+        today_is = "2026-01-31"
+
+        @classmethod
+        def today(cls) -> Day:
+            return cls.fromisoformat(cls.today_is)
+
+    monkeypatch.setattr(turns, "date", Day)
+    with Amulet.load(tiny("llama"), n_ctx=256, n_threads=1) as loaded:
+        conversation = Conversation(loaded, Settings(max_tokens=3))
+        ask(conversation, "a")
+        monkeypatch.setattr(Day, "today_is", "2026-02-01")
+        ask(conversation, "b")
+        assert conversation.settings.date == "2026-01-31"
+        conversation.clear()
+        ask(conversation, "a")
+        assert conversation.settings.date == "2026-02-01"
+        conversation.clear()
+        ask(conversation, "a", date="2020-05-05")
+        assert conversation.settings.date == "2020-05-05"
 
 
 @pytest.mark.model

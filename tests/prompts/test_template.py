@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from hypothesis import strategies as st
 from amulet_gguf.errors import PromptError, SettingError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.preferences import PRESETS
+from amulet_gguf.prompts import template as template_module
 from amulet_gguf.prompts.messages import conversation, with_preference
+from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import CHATML, ChatTemplate
 from amulet_gguf.settings import PAPER_SYSTEM, Settings
 
@@ -390,3 +393,67 @@ def test_a_special_name_made_by_the_replacement_of_surrogates_stays_text(tiny_mo
 
     template = ChatTemplate(Odd(tiny_model, "{{ messages[0].content }}"))
     assert 7 not in template.encode(conversation("a<\ud800>b", None, None)).tokens
+
+
+# The date
+
+
+DATED = "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m.content }} {% endfor %}"
+
+
+class Clock:
+    """Stands where `datetime` does in a module."""
+
+    def __init__(self) -> None:
+        self.time = datetime(2026, 1, 31, 23, 59)
+
+    def now(self) -> datetime:
+        return self.time
+
+    fromisoformat = staticmethod(datetime.fromisoformat)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(template_module, "datetime", clock)
+    return clock
+
+
+def test_midnight_does_not_change_a_conversation_under_way(tiny_model: Model, clock: Clock) -> None:
+    template = ChatTemplate(WithTemplate(tiny_model, DATED))
+
+    def told(*texts: str) -> str:
+        messages = [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+        return template.encode(messages).text.split()[0]
+
+    assert told("Hi") == "2026-01-31"
+    clock.time += timedelta(minutes=2)
+    assert told("Hi", "Hello", "Well?") == told("Hi") == "2026-01-31"
+    assert told("Ho") == "2026-02-01"
+    clock.time += timedelta(hours=23)
+    assert told("Hi", "Hello", "And?") == "2026-01-31"  # it was gone on with in time
+    clock.time += timedelta(days=2)
+    assert told("Hi") == "2026-02-03"
+    assert template.given({}, date="2020-05-05").encode([{"role": "user", "content": "Hi"}]).text[
+        :10
+    ] == ("2020-05-05")
+
+
+def test_all_branches_are_told_the_same_day(
+    tiny_model: Model, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Midnight may come between two of them."""
+    monkeypatch.setattr(tiny_model, "chat_template", DATED)
+    planner = Planner(tiny_model)
+
+    def late(*_: Any) -> datetime:
+        clock.time += timedelta(hours=5)
+        return clock.time
+
+    monkeypatch.setattr(clock, "now", late)
+    branches = planner.request("Hi", None, Settings(prefer=["concise", "formal"], strength=3)).branches
+    days = {b"".join(map(tiny_model.token_bytes, branch.tolist())).split()[0] for branch in branches}
+    assert len(days) == 1
