@@ -14,6 +14,7 @@ from amulet_gguf.engine.drafts import N_OUTPUTS
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import SettingError
+from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.loading import Loading, LoadOptions
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
@@ -67,11 +68,14 @@ def _read(path: str | os.PathLike[str]) -> str:
     if not os.path.isfile(path):
         raise SettingError(f"there is no chat template {os.fspath(path)}", "chat_template")
     try:
-        with open(path, encoding="utf-8") as file:
-            return file.read(MAX_TEMPLATE + 1)
+        with open(path, "rb") as file:
+            text = decoded(file.read(4 * MAX_TEMPLATE + 1))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise SettingError(f"cannot read {os.fspath(path)}: {reason}", "chat_template") from None
+    if not text.strip():
+        raise SettingError(f"the chat template {os.fspath(path)} is empty", "chat_template")
+    return text
 
 
 @contextlib.contextmanager

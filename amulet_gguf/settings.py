@@ -234,7 +234,7 @@ class Settings(Declared):
         low=0,
         high=1_000_000,
         metavar="NUMBER",
-        otherwise="what the context has",
+        otherwise="what leaves room for an answer",
     )
     align_thoughts: bool = setting(
         False,

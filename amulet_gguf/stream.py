@@ -200,6 +200,11 @@ class AnswerStream(Iterator[Piece]):
         return joined(self.pieces)
 
     @property
+    def thought(self) -> str:
+        """What was taken of the thought before it so far."""
+        return joined(self.pieces, "thought").strip()
+
+    @property
     def usage(self) -> Usage:
         """So far."""
         generation = self._job.generation

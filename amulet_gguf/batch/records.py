@@ -67,7 +67,8 @@ def read_records(data: bytes, settings: Settings, *, is_csv: bool = False) -> li
 
     Args:
         data: lines of JSON objects, a JSON list of objects, or CSV with a header, in UTF-8. A record
-            has "prompt" (or "question") or "messages", and may have "id" (or "index"), any field of
+            has "prompt" (or "question"), perhaps with "prefill", or "messages", and may have "id" (or
+            "index"), any field of
             `Settings`, and others, which are handed through; one that is null is absent. In CSV, empty
             cells are absent fields and cells that begin with [ are JSON.
         settings: for what records leave out.
@@ -211,6 +212,9 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
             near += [known for known in _MISSPELT if name.lower() == known]
             if near and not name.endswith("id"):
                 raise SettingError(f"unknown field {name!r}; did you mean {near[0]!r}?")
+        if "chat_template_kwargs" in item:
+            raise SettingError("chat_template_kwargs is template_args here")
+        prefill = extra.pop("prefill", None)
         given = [name for name in _PROMPTS if name in item]
         if len(given) != 1:
             raise PromptError(f"one of {', '.join(_PROMPTS)} is needed, got {len(given)}")
@@ -221,6 +225,9 @@ def _record(line: int, item: Any, settings: Settings) -> Record:
             messages = tuple(item["messages"])
         else:
             prompt = item[given[0]]
+            if prefill is not None:
+                question = {"role": "user", "content": prompt}
+                prompt, messages = None, (question, {"role": "assistant", "content": prefill})
         changes = {name: _plain(name, item[name]) for name in SETTINGS if name in item}
         changed = dataclasses.replace(settings, **changes)
         conversation(prompt, messages, changed.system)

@@ -250,11 +250,14 @@ class _Always:
     def may_open(self, token: int) -> bool:
         return False
 
-    def push(self, token: int) -> list[tuple[Kind, str]]:
+    def push(self, token: int) -> list[tuple[Kind, bytes]]:
         return []
 
-    def end(self) -> list[tuple[Kind, str]]:
+    def end(self) -> list[tuple[Kind, bytes]]:
         return []
+
+    def settle(self) -> None:
+        pass
 
 
 _THINKS: Final = ThoughtRule(_Always(), Mixture((0.0, 1.0), (0.0, 1.0)), None, ())

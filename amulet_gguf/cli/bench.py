@@ -80,9 +80,10 @@ def bench(
         gains = [
             (
                 each.task,
-                f"{each.speed:.2f} ×",
+                f"{each.speed:.2f} ×" if any(of for _, of in each.guesses.values()) else "–",
                 f"{each.tokens_per_step:.2f}",
-                ", ".join(f"{n} of {of} ({name})" for name, (n, of) in each.guesses.items()),
+                ", ".join(f"{n} of {of} ({name})" for name, (n, of) in each.guesses.items() if of)
+                or "none made",
             )
             for each in drafts
         ]

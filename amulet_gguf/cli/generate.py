@@ -64,7 +64,6 @@ def generate(
         messages.append({"role": "assistant", "content": prefill})
 
     from amulet_gguf.cli.terminal import LateBar, Output
-    from amulet_gguf.engine.answer import joined
 
     output, aside = Output(), Output(sys.stderr)
     if shows_thoughts is None:
@@ -95,7 +94,7 @@ def generate(
                 **({"messages": messages} if prefill else {"prompt": text}),
                 **settings.as_record(),
                 "text": stream.text,
-                **({"thought": thought} if (thought := joined(stream.pieces, "thought")) else {}),
+                **({"thought": thought} if (thought := stream.thought) else {}),
                 "finish_reason": stream.pieces[-1].finish_reason,
                 "model": str(amulet.model.path),
                 "usage": dataclasses.asdict(stream.usage),
@@ -108,7 +107,9 @@ def generate(
 
 def _summary(stream: Stream) -> str:
     usage, timings, reason = stream.usage, stream.timings, stream.pieces[-1].finish_reason
+    n_answer = usage.completion_tokens - usage.thought_tokens
+    of_thought = f" and {usage.thought_tokens} of thought" if usage.thought_tokens else ""
     return (
-        f"[{usage.completion_tokens} tokens, {timings.tokens_per_second:.1f} per second; "
+        f"[{n_answer} tokens{of_thought}, {timings.tokens_per_second:.1f} per second; "
         f"{usage.prefill_tokens} read in {timings.prefill:.2f} s; ended by {reason}]"
     )

@@ -224,7 +224,7 @@ def _read_text(file: str) -> str:
         raise click.UsageError(f"{name} is not text in UTF-8: save it as such") from None
 
 
-def _preference(text: str) -> str | tuple[str, float]:
+def preference(text: str) -> str | tuple[str, float]:
     """Return a preference as it is typed; @FILE or @FILE:WEIGHT stands for what is in a file."""
     if not text.startswith("@"):
         return text
@@ -232,7 +232,7 @@ def _preference(text: str) -> str | tuple[str, float]:
     if (match := _WEIGHT.search(file)) and not os.path.exists(file):
         file, weight = file[: match.start()], float(match[1])
     if not os.path.isfile(file):
-        raise click.UsageError(f"there is no file {file}: a preference @FILE is read from it")
+        raise click.UsageError(f"there is no file {file!r}: a preference @FILE is read from it")
     return _read_text(file).strip(), weight
 
 
@@ -240,7 +240,7 @@ def typed_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that were typed, those of the paper's parameters among them, by field."""
     given = {name: options[name] for name in SETTINGS if options[name] not in (None, ())}
     if "prefer" in given:
-        given["prefer"] = list(map(_preference, given["prefer"]))
+        given["prefer"] = list(map(preference, given["prefer"]))
     paper = {name: options[name] for name in _PAPER if options[name] is not None}
     if paper:
         if "strength" in given:

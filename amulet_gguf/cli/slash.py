@@ -13,7 +13,7 @@ from amulet_gguf.cli.options import IDLE_AVOID
 from amulet_gguf.conversation import sessions
 from amulet_gguf.declaration import SEVERAL, find
 from amulet_gguf.errors import AmuletError, SettingError
-from amulet_gguf.preferences import PRESETS, parse_preferences
+from amulet_gguf.preferences import PRESETS, Preference, as_preferences, parse_preferences
 from amulet_gguf.settings import SETTINGS, describe
 
 if TYPE_CHECKING:
@@ -53,14 +53,20 @@ def _change(chat: Chat, **changes: Any) -> None:
     chat.conversation.settings = dataclasses.replace(chat.conversation.settings, **changes)
 
 
+def _preferences(text: str) -> Sequence[Preference]:
+    from amulet_gguf.cli.options import preference
+
+    return as_preferences([preference(text)]) if text.startswith("@") else parse_preferences(text)
+
+
 def _prefer(chat: Chat, text: str) -> None:
     settings = chat.conversation.settings
     if text.lower() == "none":
         _change(chat, prefer=())
     elif text.startswith("+"):
-        _change(chat, prefer=(*settings.prefer, *parse_preferences(text[1:].strip())))
+        _change(chat, prefer=(*settings.prefer, *_preferences(text[1:].strip())))
     elif text:
-        _change(chat, prefer=parse_preferences(text))
+        _change(chat, prefer=_preferences(text))
     chat.tell(describe(chat.conversation.settings))
 
 
@@ -286,7 +292,7 @@ COMMANDS: Final[dict[str, Command]] = {
         "/set NAME VALUE", "change a setting: temperature, max_tokens, …", _set, _setting_names
     ),
     "show": Command("/show", "model, preferences and settings", _show),
-    "regen": Command("/regen", "write the last answer again", _regen),
+    "regen": Command("/again", "write the last answer again, as /regen does", _regen),
     "undo": Command("/undo", "take the last turn back", _undo),
     "save": Command(
         "/save [NAME [cache]]", "save under a name; cache: to resume at once", _save, _session_names

@@ -49,6 +49,7 @@ class Chat:
         self.taste: Taste | None = None
         self.pair: Pair | None = None
         self._console = console
+        self._thought = ""  # before the last answer
 
     def tell(self, text: str) -> None:
         """Say something that is not the model's, on stderr."""
@@ -101,7 +102,8 @@ class Chat:
             finally:
                 turn.close()
             self.typed = keys.typed
-        if seconds:
+        self._thought = turn.thought
+        if self._thought:
             self.tell(f"[thought for {seconds:.1f} s: /thoughts shows it]")
         self._report(turn)
         usage = turn.usage
@@ -150,9 +152,7 @@ class Chat:
 
     def thoughts(self) -> None:
         """Show what the model thought before its last answer."""
-        from amulet_gguf.engine.answer import joined
-
-        self.tell(joined(self.conversation.pieces, "thought").strip() or "there was no thought")
+        self.tell(self._thought or "there was no thought")
 
     def _act(self, keys: list[str], turn: Stream) -> None:
         step = STRENGTH_STEP * (keys.count("c-up") - keys.count("c-down"))
@@ -162,11 +162,13 @@ class Chat:
 
     def _report(self, turn: Stream) -> None:
         reason = turn.pieces[-1].finish_reason if turn.pieces else "cancelled"
-        usage = turn.usage
+        n_answer = turn.usage.completion_tokens - turn.usage.thought_tokens
         if reason == "cancelled":
             self.tell("[stopped]" if turn.text else "[stopped before the first word; not kept]")
-        elif reason == "length" and usage.completion_tokens >= turn.settings.max_tokens:
-            self.tell(f"[stopped at {usage.completion_tokens} tokens: /set max_tokens N allows more]")
+        elif reason == "length" and n_answer >= turn.settings.max_tokens:
+            self.tell(f"[stopped at {n_answer} tokens: /set max_tokens N allows more]")
+        elif not turn.text:
+            self.tell("[no answer came; the message is not kept]")
         elif reason == "length":
             self.tell("[stopped: the context is full. /drop forgets the oldest turn, /clear all]")
         if "strength" in turn.adjusted:

@@ -95,4 +95,4 @@ class Answer:
     @property
     def thought(self) -> str:
         """What the model thought before it answered."""
-        return joined(self.pieces, "thought")
+        return joined(self.pieces, "thought").strip()

@@ -123,8 +123,11 @@ class Engine:
         generation = Generation(request)
         with self._lock:
             self._check_open()
-            if generation.n_prompt + 1 > self.n_ctx:
+            room = self.n_ctx - generation.n_prompt
+            if room < 1:
                 raise PromptTooLongError(generation.n_prompt, self.n_ctx)
+            if request.thoughts is not None:
+                generation.thought_limit = request.thoughts.limit(room, request.max_tokens)
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(self._max_waiting)
             self._waiting.append(generation)

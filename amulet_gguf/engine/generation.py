@@ -40,6 +40,7 @@ class Generation:
         n_prefill: tokens to read before the first token, shared prefixes once, and branches that it does
             not need not at all.
         n_read: how many of them have been read.
+        thought_limit: tokens of a thought at most, or None.
         n_guessed, n_right: tokens that drafts proposed, and those of them that were chosen.
         submitted_at, started_at, first_token_at, finished_at: seconds of `time.perf_counter`.
     """
@@ -63,6 +64,7 @@ class Generation:
         rule = request.thoughts
         self._thoughts = None if rule is None else rule.follows.anew()
         self._of_thoughts = None if rule is None or rule.mixture is None else rule.mixture.anew()
+        self.thought_limit = None if rule is None else rule.max_tokens
         self._n_thought = 0  # tokens, marks included
         self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
         self._needed: tuple[int, ...] = ()  # of its first token
@@ -215,8 +217,7 @@ class Generation:
         request = self.request
         if request.drafts is not None:
             room = n_ctx - self.n_prompt - self.n_tokens
-            rest = request.max_tokens - (self.n_tokens - self._n_thought)
-            limit = min(step.limit, rest - 1, room)
+            limit = min(step.limit, request.max_tokens - self._n_answer - 1, room)
             step = replace(step, limit=max(0, limit))
             self._guesses = request.drafts.propose(self._written, step)
 
@@ -278,7 +279,10 @@ class Generation:
             self.first_token_at = time.perf_counter()
         stops = self.request.stop_tokens if self._state == "answer" else ()
         if detokenizer.ends_generation(token) or token in stops:
-            self.finish("stop")
+            if self._state == "thought" and self.request.thoughts is not None:
+                self.thought_limit = 0  # it forgot the answer
+            else:
+                self.finish("stop")
             return token
         explanation, spell = None, detokenizer.token_bytes
         if n_alternatives:
@@ -298,45 +302,46 @@ class Generation:
         self, token: int, changed: bool, explanation: Explanation | None, detokenizer: Detokenizer
     ) -> None:
         self._written.append(token)
-        data = detokenizer.token_bytes(token)
-        thoughts = self._thoughts
-        kind: Kind = "answer"
-        if thoughts is None or thoughts.state == "answer":
-            self._facts.push(data)
-            text = self._text.push(data)
-        else:
-            text = ""
-            for part, said in thoughts.push(token):
-                if part == "thought":
-                    self.pieces.append(Piece(said, kind="thought"))
-                else:
-                    self._facts.push(said.encode())
-                    text += self._text.push(said.encode())
-            if not text:  # else it is the first of the answer
+        data, thoughts = detokenizer.token_bytes(token), self._thoughts
+        if thoughts is not None and thoughts.state != "answer":
+            is_of_mark = thoughts.may_open(token) or thoughts.has_thought
+            found = thoughts.push(token)
+            data = b"".join(said for kind, said in found if kind == "answer")
+            self.pieces.extend(
+                Piece(said.decode(), kind="thought") for k, said in found if k == "thought"
+            )
+            if self._state != "answer" or not data:
                 self._n_thought += 1
+            if is_of_mark and not data:
                 changed, explanation = False, None
-            if self._state == "thought":
-                kind = "thought"
-            elif self._state == "answer" and not thoughts.has_thought:
-                self._n_thought = 0  # what came before was its beginning
-        piece = Piece(text, token, changed, None, explanation, kind)
+        self._facts.push(data)
+        kind: Kind = "thought" if self._state == "thought" else "answer"
+        piece = Piece(self._text.push(data), token, changed, None, explanation, kind)
         if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
             return
         if self._text.stopped:
             self.finish("stop", piece)
-        elif self.n_tokens - self._n_thought >= self.request.max_tokens:
+        elif self._n_answer >= self.request.max_tokens:
             self.finish("length", piece)
         else:
             self.pieces.append(piece)
 
+    @property
+    def _n_answer(self) -> int:
+        """Tokens written of the answer."""
+        has_thought = self._thoughts is not None and self._thoughts.has_thought
+        return self.n_tokens - self._n_thought if has_thought else self.n_tokens
+
     def _cut_thought(self, detokenizer: Detokenizer) -> bool:
         """End a thought that is too long; return whether it was."""
-        rule = self.request.thoughts
-        limit = None if rule is None else rule.max_tokens
+        rule, limit = self.request.thoughts, self.thought_limit
         if rule is None or limit is None or self._state != "thought" or self._n_thought < limit:
             return False
         for token in rule.ending:
             self._write(token, False, None, detokenizer)
+        rule_follows = self._thoughts
+        if rule_follows is not None:
+            rule_follows.settle()
         return True
 
     def finish(self, reason: FinishReason, last: Piece | None = None) -> None:
@@ -345,16 +350,16 @@ class Generation:
             last = last or Piece("")
             text = last.text
             if self._thoughts is not None and self._thoughts.state != "answer":
-                for part, said in self._thoughts.end():
-                    if part == "thought":
-                        self.pieces.append(Piece(said, kind="thought"))
+                for kind, said in self._thoughts.end():
+                    if kind == "thought":
+                        self.pieces.append(Piece(said.decode(), kind=kind))
                     else:
-                        text += self._text.push(said.encode())
+                        text += self._text.push(said)
             text += self._text.push(b"", final=True)
             self.pieces.append(replace(last, text=text, finish_reason=reason))
             self.finish_reason = reason
             self.finished_at = time.perf_counter()
-            is_whole = bool(self._written) and not self._text.stopped and not self._n_thought
+            is_whole = 0 < self.n_tokens == self._n_answer and not self._text.stopped
             if self.request.on_end is not None and is_whole:
                 self.request.on_end(self._written)
 
@@ -367,7 +372,7 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """So far."""
-        return Usage(self.n_prompt, self.n_read, self.n_tokens, self._n_thought)
+        return Usage(self.n_prompt, self.n_read, self.n_tokens, self.n_tokens - self._n_answer)
 
     @property
     def timings(self) -> Timings:

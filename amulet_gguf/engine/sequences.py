@@ -26,6 +26,7 @@ class Sequences:
         self.context = make_context(n_sequences)
         self.live: list[Generation] = []  # that have sequences, in the order of these
         self.is_closed = False
+        self._has_restored = False
         self._cached: dict[int, Tokens] = {}  # what is in sequences that no generation has
 
     def close(self) -> None:
@@ -77,6 +78,7 @@ class Sequences:
         if sequence is None:
             raise EngineError("all sequences are in use: try again when a generation has ended")
         self._cached.pop(sequence, None)
+        self._has_restored = True
         self.context.restore(sequence, data, len(tokens))
         self._cached[sequence] = tokens
 
@@ -153,7 +155,9 @@ class Sequences:
     def _usable(self, cached: Tokens, prompt: Tokens) -> int:
         """Return how much of a prompt need not be read where `cached` is."""
         n = common_prefix(cached, prompt)
-        return n if n == len(cached) or self.context.can_truncate else 0
+        # What was saved of a sliding window lacks the cells behind it: it cannot be cut any more.
+        can_cut = self.context.can_truncate and (self.context.can_draft or not self._has_restored)
+        return n if n == len(cached) or can_cut else 0
 
     def _source(self, generation: Generation) -> tuple[int, int]:
         """Return where most is cached of what a generation's branches share, and how much (0: none)."""

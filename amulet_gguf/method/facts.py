@@ -22,35 +22,35 @@ class Facts:
     def __init__(self) -> None:
         self._line = ""
         self._is_fenced = False
+        self._is_quoted = self._is_ticked = False  # on this line
         self._is_in_word = False  # a name or a number
 
     def include(self, token: bytes) -> bool:
         """Tell whether a token would be of a fact, were it written next."""
-        text = token.decode(errors="ignore")
-        return self._is_fenced or self._is_quoted or self._is_word(text)
+        if self._is_fenced or self._is_ticked:
+            return True
+        # A line that begins with a quotation mark is speech, or the whole answer.
+        is_quoted = self._is_quoted and self._line.lstrip()[:1] not in ('"', "“", "«")
+        return is_quoted or self._is_word(token.decode(errors="ignore"))
 
     def push(self, token: bytes) -> None:
         """Go on behind a token that was written."""
         text = token.decode(errors="ignore")
         self._is_in_word = self._is_word(text)
-        *lines, rest = (self._line + text).split("\n")
-        for line in lines:
-            self._is_fenced ^= line.lstrip().startswith(_FENCE)
-        self._line = rest
-
-    @property
-    def _is_quoted(self) -> bool:
-        """A quotation or code is open; at the end of its line it is not any more.
-
-        A line that begins with a quotation mark is speech, or the whole answer.
-        """
-        line = self._line
-        if line.count("`") % 2:
-            return True
-        if line.lstrip()[:1] in ('"', "“", "«"):
-            return False
-        is_open = line.count("“") > line.count("”") or line.count("«") > line.count("»")
-        return is_open or line.count('"') % 2 == 1
+        for sign in text:
+            if sign == "\n":
+                self._is_fenced ^= self._line.lstrip().startswith(_FENCE)
+                self._line, self._is_quoted, self._is_ticked = "", False, False
+                continue
+            if sign == "`":
+                self._is_ticked = not self._is_ticked
+            elif sign in "“«":
+                self._is_quoted = True
+            elif sign in "”»":
+                self._is_quoted = False
+            elif sign == '"':  # it opens behind a space or a bracket: 6'2" is none
+                self._is_quoted = not self._is_quoted and not self._line[-1:].isalnum()
+            self._line += sign
 
     def _is_word(self, text: str) -> bool:
         word = text.lstrip(" ")

@@ -39,6 +39,8 @@ def conversation(
             raise PromptError(f"the prompt must be a text, got {type(prompt).__name__}")
         messages = [{"role": "user", "content": prompt}]
     checked = [_checked(message) for message in messages]
+    if checked and checked[-1] == {"role": "assistant", "content": ""}:
+        checked.pop()  # nothing was begun
     asked, begun = split(checked)
     if not asked or asked[-1]["role"] != "user":
         raise PromptError(

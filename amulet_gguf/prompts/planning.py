@@ -22,9 +22,9 @@ from amulet_gguf.method.mixture import (
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.methods import resolve
 from amulet_gguf.preferences import Preference
-from amulet_gguf.prompts.messages import Message, conversation, with_preference
+from amulet_gguf.prompts.messages import Message, conversation, split, with_preference
 from amulet_gguf.prompts.template import ChatTemplate
-from amulet_gguf.prompts.thoughts import Thinking, follows, switches
+from amulet_gguf.prompts.thoughts import Thinking, Thoughts, follows, switches
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
 
@@ -53,7 +53,10 @@ class Planner:
     def transcripts(self, settings: Settings) -> Transcripts:
         """Return what was written where the chat template was given the same names."""
         return self._transcripts(
-            settings.template_args, settings.date, settings.think, settings.think_effort
+            settings.template_args,
+            settings.date,
+            False if settings.think_tokens == 0 else settings.think,
+            settings.think_effort,
         )
 
     def _new_transcripts(
@@ -113,8 +116,7 @@ class Planner:
                 for branch in needed.branches
             ]
             branches = [each.tokens for each in encoded]
-            if base[-1]["role"] == "user":
-                thoughts = self._thoughts(settings, needed, encoded[0].text)
+            thoughts = self._thoughts(settings, needed, encoded[0].text, split(base)[1])
             if reuse and base[-1]["role"] == "user":
                 on_end = partial(transcripts.note, base)
         return Request(
@@ -132,11 +134,24 @@ class Planner:
             thoughts=thoughts,
         )
 
-    def _thoughts(self, settings: Settings, needed: Realignment, prompt: str) -> ThoughtRule | None:
+    def _thoughts(
+        self, settings: Settings, needed: Realignment, prompt: str, begun: str
+    ) -> ThoughtRule | None:
         """Return how the answer to a rendered prompt is thought about: as ordinary prompting would with
-        the preference of the largest weight."""
+        the preference of the largest weight.
+
+        Args:
+            begun: what it begins with, at the end of the prompt.
+        """
         marks = self.template.marks
-        if marks is None or (state := follows(marks, prompt)) == "answer":
+        if marks is None:
+            return None
+        state = follows(marks, prompt)
+        if begun:
+            said = Thoughts(marks, "open")
+            said.push(begun)
+            state = "thought" if said.state == "thought" else "answer"
+        if state == "answer":
             return None
         weights = [preference.weight for preference in settings.prefer]
         best = 1 + weights.index(max(weights)) if weights and max(weights) > 0 else 0

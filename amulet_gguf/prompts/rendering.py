@@ -7,7 +7,6 @@ for it: loop controls, `generation` blocks, `tojson`, `raise_exception`, `strfti
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -42,7 +41,7 @@ class Renderer:
             PromptError: it is not valid.
         """
         if len(source) > MAX_TEMPLATE:
-            raise PromptError(f"the model's chat template is too long: {len(source)} characters")
+            raise PromptError(f"the chat template is too long: {len(source)} characters")
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
         )
@@ -51,7 +50,9 @@ class Renderer:
         try:
             self._template = environment.from_string(source)
         except Exception as error:  # SyntaxError and ValueError of generated code too
-            raise PromptError(f"the model's chat template is not valid: {_reason(error)}") from None
+            line = getattr(error, "lineno", None)
+            where = "" if line is None else f", line {line}"
+            raise PromptError(f"the chat template is not valid{where}: {_reason(error)}") from None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], now: datetime, arguments: Mapping[str, Any]
@@ -76,9 +77,12 @@ class Renderer:
         except TimeUpError:
             raise
         except PromptError as error:  # transformers has them so, but some look for what is defined
-            with contextlib.suppress(PromptError):
+            try:
                 return self._render(known)
-            raise error from None
+            except TimeUpError:
+                raise
+            except PromptError:
+                raise error from None
 
     def _render(self, known: Mapping[str, Any]) -> str:
         outer = sys.gettrace()
@@ -86,9 +90,9 @@ class Renderer:
         try:
             return self._template.render(known)
         except TimeoutError as error:
-            raise TimeUpError(f"the model's chat template failed: {error}") from None
+            raise TimeUpError(f"the chat template failed: {error}") from None
         except Exception as error:  # whatever a template can make Python raise
-            raise PromptError(f"the model's chat template failed: {_reason(error)}") from None
+            raise PromptError(f"the chat template failed: {_reason(error)}") from None
         finally:
             sys.settrace(outer)
 

@@ -6,7 +6,6 @@ users, histories and preferences say may not.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -25,7 +24,7 @@ from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.prompts.messages import THOUGHT, reshaped, split
 from amulet_gguf.prompts.rendering import Renderer, TimeUpError
-from amulet_gguf.prompts.thoughts import IN_HISTORIES, find_marks, follows
+from amulet_gguf.prompts.thoughts import IN_HISTORIES, OPENING, find_marks, follows
 
 #: Used for models that bring no template of their own, as llama.cpp does.
 CHATML: Final = (
@@ -34,6 +33,8 @@ CHATML: Final = (
 )
 _THOUGHT_NAMES: Final = (THOUGHT, "reasoning", "thinking")  # in templates of different families
 _MAX_BEGINNINGS: Final = 4096
+_OPENS: Final = re.compile("|".join(re.escape(mark) for mark in IN_HISTORIES if mark in OPENING))
+_CLOSES: Final = re.compile("|".join(re.escape(mark) for mark in IN_HISTORIES if mark not in OPENING))
 _RECOGNIZED: Final = 40  # characters of a system prompt: a template may change the rest
 _MAX_PROMPT: Final = 4_000_000  # characters; far more than a context holds
 
@@ -109,8 +110,9 @@ class ChatTemplate:
             date: what it takes for today, ISO 8601. None: the day on which a conversation began.
             skips_thoughts: answers begin at once.
         """
+        self._special, self._special_but_thoughts  # noqa: B018  (the copies have them, too)
         other = copy.copy(self)
-        other._names = names
+        other._names = {name: self._harmless(value) for name, value in names.items()}
         other._date = date
         other._skips_thoughts = skips_thoughts
         return other
@@ -156,16 +158,19 @@ class ChatTemplate:
         text = self._rendered([self._defuse(message) for message in asked], now)
         if self.marks is not None and (begun or self._skips_thoughts):
             following = follows(self.marks, text)
-            if following == "thought":
+            opens = next((mark for mark in self.marks.opens if begun.lstrip().startswith(mark)), None)
+            if following == "thought" and opens is not None:
+                begun = begun.lstrip().removeprefix(opens)  # the template has opened it
+            elif following == "thought":
                 text = text.rstrip() + self.marks.ending
             elif following == "open" and self._skips_thoughts:
                 text += self.marks.skipping
         if begun:
             text += self._defuse({"role": "assistant", "content": begun})["content"]
         if len(text) > _MAX_PROMPT:
-            raise PromptError(f"the model's chat template made a prompt of {len(text)} characters")
+            raise PromptError(f"the chat template made a prompt of {len(text)} characters")
         if not text.strip(f"{_CUT} \r\n\t"):
-            raise PromptError("the model's chat template made an empty prompt")
+            raise PromptError("the chat template made an empty prompt")
         # Only where a special token follows is it certain that no token spans the place.
         if known and text.startswith(known.text) and self._special.match(text, len(known.text)):
             added = self._tokenize(text[len(known.text) :])
@@ -210,14 +215,30 @@ class ChatTemplate:
 
         The assistant's keep the marks of thoughts, by which templates know what to leave out.
         """
-        content = message["content"].replace(_CUT, "").encode("utf-8", "replace").decode()
-        names = self._special_but_thoughts if message["role"] == "assistant" else self._special
-        if names.search(content):
-            content = names.sub(lambda match: match[0] + _CUT, content)
+        if message["role"] != "assistant":
+            return {**message, "content": self._cut(message["content"])}
+        content = self._cut(message["content"], self._special_but_thoughts)
+        # A template that takes a mark out would join what stands before and behind it.
+        content = _CLOSES.sub(lambda match: match[0] + _CUT, content)
+        content = _OPENS.sub(lambda match: (_CUT if match.start() else "") + match[0], content)
         if THOUGHT not in message:
             return {**message, "content": content}
-        thought = self._special.sub(lambda match: match[0] + _CUT, message[THOUGHT].replace(_CUT, ""))
+        thought = self._cut(message[THOUGHT]) + _CUT
         return {**message, "content": content, **dict.fromkeys(_THOUGHT_NAMES, thought)}
+
+    def _cut(self, text: str, names: re.Pattern[str] | None = None) -> str:
+        text = text.replace(_CUT, "").encode("utf-8", "replace").decode()
+        return (names or self._special).sub(lambda match: match[0] + _CUT, text)
+
+    def _harmless(self, value: Any) -> Any:
+        """Cut the names in a value for the template, which may come from anywhere."""
+        if isinstance(value, str):
+            return self._cut(value)
+        if isinstance(value, list):
+            return [self._harmless(each) for each in value]
+        if isinstance(value, dict):
+            return {self._cut(key): self._harmless(each) for key, each in value.items()}
+        return value
 
     def _rendered(self, messages: list[dict[str, str]], now: datetime) -> str:
         """Render messages, in another form if the template refuses them as they are, or leaves a system
@@ -228,8 +249,12 @@ class ChatTemplate:
             raise
         except PromptError as error:
             for form in reshaped(messages):
-                with contextlib.suppress(PromptError):
+                try:
                     return self._render(form, now)
+                except TimeUpError:  # noqa: PERF203
+                    raise
+                except PromptError:
+                    continue
             raise error from None
 
     def _render(self, messages: list[dict[str, str]], now: datetime) -> str:
@@ -242,5 +267,5 @@ class ChatTemplate:
         for message in messages:
             beginning = message["content"].strip().split("\n")[0][:_RECOGNIZED]
             if message["role"] == "system" and beginning not in text:
-                raise PromptError("the model's chat template leaves the system prompt out")
+                raise PromptError("the chat template leaves the system prompt out")
         return text

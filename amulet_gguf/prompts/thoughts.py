@@ -6,12 +6,11 @@ import codecs
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
+from amulet_gguf.engine.answer import Kind
+from amulet_gguf.engine.request import State
 from amulet_gguf.method.vocabulary import Vocabulary
-
-Kind: TypeAlias = Literal["thought", "answer"]
-State: TypeAlias = Literal["open", "thought", "answer"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,12 @@ def _tags(opens: str, closes: str) -> Marks:
 #: Of the families that have any; of several in a template, the first counts.
 FAMILIES: Final = (
     Marks(  # gpt-oss
-        ("<|channel|>analysis<|message|>", "<|channel|>commentary<|message|>"),
+        (
+            "<|channel|>analysis<|message|>",
+            "<|channel|>commentary<|message|>",
+            "<|start|>assistant<|channel|>analysis<|message|>",
+            "<|start|>assistant<|channel|>commentary<|message|>",
+        ),
         "<|end|>",
         ("<|start|>assistant<|channel|>final<|message|>", "<|channel|>final<|message|>"),
         "<|end|><|start|>assistant<|channel|>final<|message|>",
@@ -69,6 +73,11 @@ IN_HISTORIES: Final = frozenset({
     "<|START_THINKING|>", "<|END_THINKING|>", "<|channel>", "<channel|>", "<mm:think>", "</mm:think>",
     "<think:opensource>", "</think:opensource>", "<|inner_prefix|>", "<|inner_suffix|>",
 })  # fmt: skip
+
+
+#: Those of them that begin one.
+OPENING: Final = frozenset({"<|channel>", *(mark for each in FAMILIES for mark in each.opens)})
+_MAX_GAP: Final = 64  # characters of white space, after which no mark is waited for
 
 
 def find_marks(template: str, special: Iterable[str]) -> Marks | None:
@@ -115,6 +124,10 @@ class Thoughts:
         self._held = ""  # it may be the beginning of a mark
         self.has_thought = state == "thought"
 
+    def settle(self) -> None:
+        """Let nothing but the answer follow."""
+        self._held, self.state = "", "answer"
+
     def may_open(self, text: str) -> bool:
         """Tell whether a mark would begin or go on with this text."""
         marks = (*self._marks.opens, *self._marks.answers)
@@ -157,7 +170,8 @@ class Thoughts:
                 self.has_thought = True
                 return True
         marks = (*self._marks.answers, *self._marks.opens)
-        if not final and (not told or any(mark.startswith(told) for mark in marks)):
+        may_follow = any(mark.startswith(told) for mark in marks) and len(self._held) <= _MAX_GAP
+        if not final and may_follow:
             return False
         if self.has_thought:
             self._held = told
@@ -198,13 +212,24 @@ class Thinking:
         """Tell whether a token may begin a thought, or go on with its mark."""
         return self._thoughts.may_open(self._spelled(token).decode(errors="ignore"))
 
-    def push(self, token: int) -> list[tuple[Kind, str]]:
-        """Take a token that was written; return what is now certain."""
-        return self._thoughts.push(self._decoder.decode(self._spelled(token)))
+    def push(self, token: int) -> list[tuple[Kind, bytes]]:
+        """Take a token that was written; return what is now certain, in UTF-8."""
+        found = self._said(self._thoughts.push(self._decoder.decode(self._spelled(token))))
+        if self.state == "answer":  # the beginning of a character, perhaps, that others end
+            found.append(("answer", self._decoder.getstate()[0]))
+        return found
 
-    def end(self) -> list[tuple[Kind, str]]:
+    def end(self) -> list[tuple[Kind, bytes]]:
         """Return what was held back: nothing follows."""
-        return self._thoughts.push(self._decoder.decode(b"", True), final=True)
+        return self._said(self._thoughts.push(self._decoder.decode(b"", True), final=True))
+
+    def settle(self) -> None:
+        """Let nothing but the answer follow."""
+        self._thoughts.settle()
+
+    @staticmethod
+    def _said(found: list[tuple[Kind, str]]) -> list[tuple[Kind, bytes]]:
+        return [(kind, text.encode()) for kind, text in found]
 
     def _spelled(self, token: int) -> bytes:
         """Control tokens have no text, but are parts of marks."""

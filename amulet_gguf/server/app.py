@@ -244,6 +244,8 @@ class _Api:
                 message = f"max_tokens must be at most {served.max_tokens}"
                 raise RequestError(400, message, code="invalid_value", param="max_tokens")
             settings = settings.replace(max_tokens=served.max_tokens)
+        most = served.max_tokens if settings.think_tokens is None else settings.think_tokens
+        settings = settings.replace(think_tokens=min(most, served.max_tokens))
         if settings.n_branches > served.n_sequences:
             message = f"this server takes at most {served.n_sequences - 1} preferences"
             raise RequestError(400, message, code="invalid_value", param="prefer")

@@ -130,6 +130,7 @@ class ChatRequest(_Request):
         given = super().changed()
         if self.max_completion_tokens is not None:
             given["max_tokens"] = self.max_completion_tokens
+            given.setdefault("think_tokens", self.max_completion_tokens)
         if self.reasoning_effort in ("none", "minimal"):
             given.setdefault("think", False)
         elif self.reasoning_effort is not None:

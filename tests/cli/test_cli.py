@@ -359,7 +359,7 @@ def test_a_preference_comes_from_a_file(tmp_path: Path) -> None:
         assert (found.text, found.weight) == ("Write like a sailor.\nBe brief.", weight)
     refused = run("generate", PROMPT, "--prefer", "@nowhere.md:2")
     assert refused.exit_code == 2
-    assert "there is no file nowhere.md" in refused.stderr
+    assert "there is no file 'nowhere.md'" in refused.stderr
 
 
 @pytest.mark.model
@@ -385,8 +385,10 @@ def test_another_chat_template_is_used(tmp_path: Path) -> None:
     file.write_text("{% for %}")
     assert "chat template is not valid" in run(*told).stderr
     assert "there is no chat template" in run(*told[:-2], str(tmp_path)).stderr
-    file.write_bytes(b"\xff\xfe")
+    file.write_bytes(b"\xff")
     assert "it is not UTF-8" in run(*told).stderr
+    file.write_text("\n")
+    assert "is empty" in run(*told).stderr
 
 
 @pytest.mark.model

@@ -19,6 +19,8 @@ from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
+from amulet_gguf.method.arrays import Tokens
+from amulet_gguf.method.explanation import Alternative
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import Sampler
 
@@ -265,6 +267,36 @@ def test_a_saved_sequence_continues_bit_for_bit(
         assert other.length(n_sequences - 1) == 0
         return
     np.testing.assert_array_equal(read(other, n_sequences - 1, [9]), expected)
+
+
+def test_what_was_restored_is_cut_only_where_it_can_be(
+    any_model: Model, make_context: MakeContext
+) -> None:
+    """Another end of the same beginning, after a restore, against an engine that has nothing cached."""
+    random = np.random.default_rng(0)
+    story = random.integers(4, any_model.n_vocab - 4, 150).astype(np.int32)
+
+    def engine() -> Engine:
+        return Engine(any_model, lambda n: make_context(any_model, n, n_ctx=512), 2)
+
+    def write(engine: Engine, prompt: Tokens, reuse: bool) -> list[Alternative]:
+        asked = Request(
+            [prompt], Mixture([1.0], [1.0]), Sampler(), 1, reuse=reuse, n_alternatives=any_model.n_vocab
+        )
+        (piece, *_) = list(engine.stream(engine.submit(asked)))
+        assert piece.explanation is not None
+        return sorted(piece.explanation.alternatives, key=lambda each: each.token)
+
+    first = engine()
+    write(first, story, True)
+    saved = first.save(story)
+    assert saved is not None
+    restored = engine()
+    restored.restore(*saved)
+    shorter = np.concatenate([story[:70], np.array([9, 11], np.int32)])
+    found, expected = write(restored, shorter, True), write(engine(), shorter, False)
+    for one, other in zip(found, expected, strict=True):
+        assert one.probability == pytest.approx(other.probability, abs=2e-3)
 
 
 def test_a_memory_of_another_length_is_refused(tiny_model: Model, make_context: MakeContext) -> None:

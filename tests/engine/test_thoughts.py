@@ -124,7 +124,7 @@ def test_thoughts_have_no_limit_but_their_own(tiny: Tiny, tmp_path: Path) -> Non
     with thinker(tiny, tmp_path, marks, opens=True) as amulet:
         long = "well " * 30
         answer, _, _ = write(amulet, f"{long}</think>I am fine and so are you", max_tokens=4)
-        assert answer.thought == long
+        assert answer.thought == long.strip()
         assert answer.finish_reason == "length"
         assert answer.usage.completion_tokens - answer.usage.thought_tokens == 4
 
@@ -167,7 +167,53 @@ def test_who_is_told_not_to_think_answers_at_once(tiny: Tiny, tmp_path: Path) ->
             assert (answer.thought, answer.text) == ("", "I am fine")
 
 
-def test_a_model_that_ends_in_its_thought_has_no_answer(tiny: Tiny, tmp_path: Path) -> None:
+@families
+def test_a_model_that_ends_in_its_thought_is_asked_for_the_answer(
+    tiny: Tiny, tmp_path: Path, marks: Marks
+) -> None:
+    with thinker(tiny, tmp_path, marks) as amulet:
+        answer, _, _ = write(amulet, f"{marks.opens[0]}well<|im_end|>I am fine")
+        assert (answer.thought, answer.text, answer.finish_reason) == ("well", "I am fine", "stop")
+
+
+def test_a_thought_leaves_room_for_an_answer(tiny: Tiny, tmp_path: Path) -> None:
+    with thinker(tiny, tmp_path, FAMILIES[-1], opens=True) as amulet:
+        answer, _, _ = write(amulet, "well " * 600, max_tokens=40)
+        usage = answer.usage
+        assert usage.completion_tokens - usage.thought_tokens == 40
+        assert usage.prompt_tokens + usage.completion_tokens >= 500  # of 512
+        assert answer.finish_reason == "length"
+
+
+def test_nothing_makes_an_answer_longer_than_it_may_be(tiny: Tiny, tmp_path: Path) -> None:
+    """White space that might come before a mark, thoughts that begin again, an answer at once."""
     with thinker(tiny, tmp_path, FAMILIES[-1]) as amulet:
-        answer, _, _ = write(amulet, "<think>well</thi")
-        assert (answer.thought, answer.text, answer.finish_reason) == ("well</thi", "", "stop")
+        for text, options in (
+            ("\n" * 90 + "I am fine", {"max_tokens": 4}),
+            ("<think>well</think>" + "\n" * 200, {"max_tokens": 4}),
+            ("<think>well " * 60, {"max_tokens": 4, "think_tokens": 3}),
+            ("<th I am fine and well", {"max_tokens": 3}),
+            ("I am fine", {"max_tokens": 1}),
+        ):
+            answer, _, _ = write(amulet, text, **options)
+            usage = answer.usage
+            assert usage.completion_tokens - usage.thought_tokens == options["max_tokens"], text
+            assert usage.thought_tokens < 100
+            assert answer.finish_reason == "length"
+
+
+def test_a_character_that_begins_with_the_answer_is_whole(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with thinker(tiny, tmp_path, FAMILIES[-1]) as amulet:
+        spelled = {300: "好".encode() + b"\xe4\xbd", 301: b"\xa0"}
+        token_bytes = amulet.model.token_bytes
+        monkeypatch.setattr(
+            amulet.model, "token_bytes", lambda token: spelled.get(token) or token_bytes(token)
+        )
+        scripted = Scripted([300, 301, amulet.model.eos])
+        stream = amulet.start(
+            lambda planner, settings: replace(planner.request("Hi", None, settings), sampler=scripted),
+            Settings(),
+        )
+        assert stream.answer().text == "好你"

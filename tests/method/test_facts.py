@@ -23,6 +23,7 @@ MARKED = [
     "He is here . She is not . Is he ? No ! Yes : Maybe .",
     '- Walk to <Rome>\n- Eat\n* ** Bold ** word\n1 . Sleep\n1+2 . Wake\n# Big <Title>',
     '" Go , " she said , " to <Bob> <Smith> . "\n“ Never ! ”',
+    'He is <6>+\'<+2>+" tall and here .',
     'He said " <go> <away> <"> and left .',
     'An open " <quotation> <ends>⏎with its line .',
     "The “ <old> <way> <”> and « <the> <new> <»> here .",

@@ -53,7 +53,7 @@ def test_a_thought_has_a_field_of_its_own(client: openai.OpenAI, logprobs: bool 
         assert not (content and getattr(delta, "reasoning_content", None))  # the thought comes first
         content += delta.content or ""
         reasons.append(chunk.choices[0].finish_reason)
-    assert (thought, content) == (message.reasoning_content, message.content)
+    assert (thought.strip(), content) == (message.reasoning_content, message.content)
     assert reasons[-1] == "length"
 
 
