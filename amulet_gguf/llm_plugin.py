@@ -19,6 +19,7 @@ from amulet_gguf.preferences import parse_preferences
 from amulet_gguf.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
+    from amulet_gguf.engine.answer import Piece
     from amulet_gguf.service.service import AmuletService
     from amulet_gguf.service.stream import ServiceStream
 
@@ -119,6 +120,17 @@ def _end(stream: ServiceStream, response: Any) -> None:
     response.set_usage(input=usage.prompt_tokens, output=usage.completion_tokens)
 
 
+def _chunk(piece: Piece) -> Any:
+    """Return what llm is told of a piece: text, or with newer versions a thought as reasoning."""
+    if piece.kind == "answer" or not piece.text:
+        return piece.text
+    try:
+        from llm.parts import StreamEvent
+    except ImportError:
+        return ""
+    return StreamEvent(type="reasoning", chunk=piece.text)
+
+
 class AmuletModel(llm.Model):
     """Answers on the caller's thread."""
 
@@ -139,7 +151,7 @@ class AmuletModel(llm.Model):
             answer = _ask(prompt, turns, _system(prompt, responses))
             try:
                 if stream:
-                    yield from (p.text for p in answer if p.text and p.kind == "answer")
+                    yield from filter(None, map(_chunk, answer))
                 else:
                     yield answer.answer().text
             finally:
@@ -171,8 +183,8 @@ class AmuletAsyncModel(llm.AsyncModel):
             try:
                 if stream:
                     async for piece in answer:
-                        if piece.text and piece.kind == "answer":
-                            yield piece.text
+                        if chunk := _chunk(piece):
+                            yield chunk
                 else:
                     yield (await answer.answer_async()).text
             finally:

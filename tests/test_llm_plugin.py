@@ -16,6 +16,7 @@ from fixture_types import Tiny
 
 from amulet_gguf import llm_plugin
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.prompts.template import CHATML
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, Any] = {
@@ -58,6 +59,24 @@ def test_a_prompt_gets_the_answer_of_the_model(options: dict[str, Any], expected
         return str(await llm_plugin.AmuletAsyncModel().prompt("How are you?", **options).text())
 
     assert asyncio.run(ask()) == expected
+
+
+def test_thoughts_are_reasoning(options: dict[str, Any], tmp_path: Path) -> None:
+    template = tmp_path / "thinks.jinja"
+    template.write_text(CHATML.replace("assistant\n", "assistant\n<think>\n"), "utf-8")
+    told = {**options, "chat_template": str(template), "think_tokens": 8}
+    response = llm_plugin.AmuletModel().prompt("How are you?", **told)
+    events = list(response.stream_events())  # type: ignore[no-untyped-call]
+    thought = "".join(event.chunk for event in events if event.type == "reasoning")
+    text = "".join(event.chunk for event in events if event.type == "text")
+    assert thought.strip()
+    assert text == response.text()
+    assert thought not in text
+
+    async def ask() -> str:
+        return str(await llm_plugin.AmuletAsyncModel().prompt("How are you?", **told).text())
+
+    assert asyncio.run(ask()) == text
 
 
 def test_a_conversation_is_sent_whole_with_its_system_prompt(options: dict[str, Any]) -> None:
