@@ -279,7 +279,7 @@ class Generation:
             self.first_token_at = time.perf_counter()
         stops = self.request.stop_tokens if self._state == "answer" else ()
         if detokenizer.ends_generation(token) or token in stops:
-            if self._state == "thought" and self.request.thoughts is not None:
+            if self._state == "thought":
                 self.thought_limit = 0  # it forgot the answer
             else:
                 self.finish("stop")
@@ -334,14 +334,14 @@ class Generation:
 
     def _cut_thought(self, detokenizer: Detokenizer) -> bool:
         """End a thought that is too long; return whether it was."""
-        rule, limit = self.request.thoughts, self.thought_limit
-        if rule is None or limit is None or self._state != "thought" or self._n_thought < limit:
+        rule, thoughts, limit = self.request.thoughts, self._thoughts, self.thought_limit
+        if rule is None or thoughts is None or limit is None:
+            return False
+        if thoughts.state != "thought" or self._n_thought < limit:
             return False
         for token in rule.ending:
             self._write(token, False, None, detokenizer)
-        rule_follows = self._thoughts
-        if rule_follows is not None:
-            rule_follows.settle()
+        thoughts.settle()
         return True
 
     def finish(self, reason: FinishReason, last: Piece | None = None) -> None:

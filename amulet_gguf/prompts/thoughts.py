@@ -185,7 +185,7 @@ def _beginning(text: str, mark: str) -> int:
 
 
 class Thinking:
-    """Follows the tokens of one answer (see `amulet_gguf.engine.generation.Thoughts`)."""
+    """Follows the tokens of one answer (see `amulet_gguf.engine.request.Thoughts`)."""
 
     def __init__(self, marks: Marks, state: State, vocabulary: Vocabulary) -> None:
         self._new = partial(Thinking, marks, state, vocabulary)
