@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -116,6 +117,13 @@ def with_preference(
     else:
         raise SettingError(f"unknown placement {placement!r}")
     return branch
+
+
+def add_to_digest(state: hashlib._Hash, message: Message) -> None:
+    """Tell a hash who said what, so that no two conversations look the same."""
+    for part in (message["role"], message["content"]):
+        data = part.encode("utf-8", "surrogatepass")
+        state.update(len(data).to_bytes(8, "little") + data)
 
 
 def reshaped(messages: Sequence[Mapping[str, str]]) -> Iterator[list[dict[str, str]]]:

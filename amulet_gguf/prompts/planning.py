@@ -108,7 +108,7 @@ class Planner:
             transcripts = self.transcripts(settings)
             known = transcripts.known(base) if reuse else None
             placement = _placement(settings)
-            began = self.template.began(base)  # of all branches
+            began = self.template.beginnings.of(base)  # of all branches
             encoded = [
                 transcripts.template.encode(
                     with_preference(base, texts[branch], placement), known, began

@@ -7,7 +7,6 @@ users, histories and preferences say may not.
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import re
 import threading
@@ -22,7 +21,7 @@ import numpy as np
 from amulet_gguf.errors import PromptError
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.vocabulary import Vocabulary
-from amulet_gguf.prompts.messages import THOUGHT, reshaped, split
+from amulet_gguf.prompts.messages import THOUGHT, add_to_digest, reshaped, split
 from amulet_gguf.prompts.rendering import Renderer, TimeUpError
 from amulet_gguf.prompts.thoughts import IN_HISTORIES, OPENING, find_marks, follows
 
@@ -63,9 +62,7 @@ class Beginnings:
         gone on with for a day is forgotten."""
         state = hashlib.sha256()
         for message in messages:
-            for part in (message["role"], message["content"]):
-                data = part.encode("utf-8", "surrogatepass")
-                state.update(len(data).to_bytes(8, "little") + data)
+            add_to_digest(state, message)
             if message["role"] == "user":
                 break
         now = datetime.now()
@@ -84,6 +81,7 @@ class ChatTemplate:
 
     Attributes:
         marks: of thoughts, or None: the model is not known to think.
+        beginnings: when its conversations began.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -95,11 +93,14 @@ class ChatTemplate:
         self._vocabulary = vocabulary
         source = vocabulary.chat_template or CHATML
         self._renderer = Renderer(source)
-        self.marks = find_marks(source, vocabulary.special_texts())
+        special = vocabulary.special_texts()  # the whole vocabulary is gone through: once
+        self.marks = find_marks(source, special)
+        self._special = _pattern(special)
+        self._special_but_thoughts = _pattern(set(special) - IN_HISTORIES)
         self._names: Mapping[str, Any] = {}
         self._skips_thoughts = False
         self._date: str | None = None
-        self._beginnings = Beginnings()
+        self.beginnings = Beginnings()
 
     def given(
         self, names: Mapping[str, Any], *, date: str | None = None, skips_thoughts: bool = False
@@ -110,30 +111,11 @@ class ChatTemplate:
             date: what it takes for today, ISO 8601. None: the day on which a conversation began.
             skips_thoughts: answers begin at once.
         """
-        self._special, self._special_but_thoughts  # noqa: B018  (the copies have them, too)
         other = copy.copy(self)
         other._names = {name: self._harmless(value) for name, value in names.items()}
         other._date = date
         other._skips_thoughts = skips_thoughts
         return other
-
-    @functools.cached_property
-    def _special(self) -> re.Pattern[str]:
-        return self._pattern(self._vocabulary.special_texts())
-
-    @functools.cached_property
-    def _special_but_thoughts(self) -> re.Pattern[str]:
-        return self._pattern(set(self._vocabulary.special_texts()) - IN_HISTORIES)
-
-    def _pattern(self, special: Iterable[str]) -> re.Pattern[str]:
-        # Looking ahead, so that every place where a special text begins is found, overlapping or not.
-        # Its first character is matched too: after it comes the cut.
-        texts = [re.escape(text) for text in special if len(text) > 1]
-        return re.compile(f"(?={'|'.join(texts)})." if texts else "(?!)", re.DOTALL)
-
-    def began(self, messages: Sequence[Mapping[str, str]]) -> datetime:
-        """Return when a conversation of this beginning was first encoded, or now if that is new."""
-        return self._beginnings.of(messages)
 
     def encode(
         self,
@@ -148,13 +130,13 @@ class ChatTemplate:
             known: tokens of a text that the prompt may begin with, such as that of the turns before.
                 A model can write a text in other tokens than its tokenizer would, and those that it
                 wrote are the ones that are cached.
-            began: when the conversation did, for templates that tell the date; None: see `began`.
+            began: when the conversation did, for templates that tell the date; None: see `Beginnings`.
 
         Raises:
             PromptError: the template refuses the conversation, fails, or takes too long.
         """
         asked, begun = split(messages)
-        now = datetime.fromisoformat(self._date) if self._date else began or self.began(messages)
+        now = datetime.fromisoformat(self._date) if self._date else began or self.beginnings.of(messages)
         text = self._rendered([self._defuse(message) for message in asked], now)
         if self.marks is not None and (begun or self._skips_thoughts):
             following = follows(self.marks, text)
@@ -269,3 +251,10 @@ class ChatTemplate:
             if message["role"] == "system" and beginning not in text:
                 raise PromptError("the chat template leaves the system prompt out")
         return text
+
+
+def _pattern(special: Iterable[str]) -> re.Pattern[str]:
+    # Looking ahead, so that every place where a special text begins is found, overlapping or not.
+    # Its first character is matched too: after it comes the cut.
+    texts = [re.escape(text) for text in special if len(text) > 1]
+    return re.compile(f"(?={'|'.join(texts)})." if texts else "(?!)", re.DOTALL)

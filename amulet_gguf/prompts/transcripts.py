@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from amulet_gguf.prompts.messages import Message
+from amulet_gguf.prompts.messages import Message, add_to_digest
 from amulet_gguf.prompts.template import ChatTemplate, Encoded
 
 _MAX_ANSWERS: Final = 64
@@ -98,8 +98,6 @@ def _keys(messages: Sequence[Message]) -> Iterator[bytes]:
     """Yield a digest of each beginning of a conversation that ends with an answer."""
     state = hashlib.sha256()
     for message in messages:
-        for part in (message["role"], message["content"]):
-            data = part.encode("utf-8", "surrogatepass")
-            state.update(len(data).to_bytes(8, "little") + data)
+        add_to_digest(state, message)
         if message["role"] == "assistant":
             yield state.copy().digest()
