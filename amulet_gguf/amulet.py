@@ -22,7 +22,7 @@ from amulet_gguf.llama.model import Model, can_offload
 from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.prompts.rendering import MAX_TEMPLATE
+from amulet_gguf.prompts.sandbox import MAX_TEMPLATE
 from amulet_gguf.settings import Options, Settings
 from amulet_gguf.stream import Job, JobOptions, OnPrefill, Plan, Stream
 

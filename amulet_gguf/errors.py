@@ -7,7 +7,8 @@
     │   ├── ModelFormatError    not a GGUF file, a damaged one, or one that cannot write text
     │   └── DownloadError       a model could not be fetched whole; what there is of it is kept
     ├── PromptError             empty, or refused by the model's chat template
-    │   └── PromptTooLongError  more tokens than the context holds
+    │   ├── PromptTooLongError  more tokens than the context holds
+    │   └── TemplateLimitError  the chat template took too long or too much memory
     ├── EngineError             the runtime could not go on
     │   ├── NonFiniteLogitsError
     │   ├── QueueFullError      too many generations wait; those that run are not disturbed
@@ -59,6 +60,10 @@ class DownloadError(ModelError):
 
 class PromptError(AmuletError):
     """The conversation cannot be turned into a prompt."""
+
+
+class TemplateLimitError(PromptError):
+    """A chat template took too long or too much memory, or ended the process that rendered it."""
 
 
 class PromptTooLongError(PromptError):

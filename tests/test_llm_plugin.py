@@ -16,7 +16,7 @@ from fixture_types import Tiny
 
 from amulet_gguf import llm_plugin
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.prompts.template import CHATML
+from amulet_gguf.prompts.sandbox import CHATML
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, Any] = {

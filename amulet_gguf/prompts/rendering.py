@@ -1,100 +1,89 @@
-"""Chat templates in a sandbox: messages become text, as the template of a model file says.
+"""Chat templates in Jinja's sandbox: messages become text, as the template of a model file says.
 
-The template comes with the file and is not trusted: it runs without access to Python's internals, for at
-most two seconds, and cannot ask for huge strings by multiplication. It finds there what transformers has
-for it: loop controls, `generation` blocks, `tojson`, `raise_exception`, `strftime_now`.
+A template runs without access to Python's internals. How long it may take, and with how much memory, is
+bounded by the process that it runs in: this file is also the program of that process (see
+`amulet_gguf.prompts.sandbox`), which is why it imports nothing of this package. A template finds what
+transformers has for it: loop controls, `generation` blocks, `tojson`, `raise_exception`, `strftime_now`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
-from types import FrameType
+from functools import lru_cache
 from typing import Any, Final
 
 import jinja2
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from amulet_gguf.errors import PromptError
-
-#: Characters of a template; real ones have a tenth of it.
-MAX_TEMPLATE: Final = 262_144
+#: Characters of a rendered conversation; far more than a context holds.
+MAX_TEXT: Final = 4_000_000
 _MAX_REPEATED: Final = 100_000  # items or characters of "x" * n in a template
-_MAX_SECONDS: Final = 2.0  # a template works for milliseconds
+_MAX_MEMORY: Final = 192 * 2**20  # bytes of address space; it begins with 25 MiB
+_ORPHANED: Final = 5  # seconds: who asked is gone
 
 
-class TimeUpError(PromptError):
-    """A template took too long."""
+class RefusedError(Exception):
+    """A template is not valid, fails, or refuses a conversation; "the chat template" goes before it."""
 
 
-class Renderer:
-    """A chat template, ready to render conversations."""
+def render(source: str, names: Mapping[str, Any] | None) -> str:
+    """Return what a template makes of names.
 
-    def __init__(self, source: str) -> None:
-        """Compile a template.
+    Args:
+        names: values by their names, `now` (ISO 8601) for `strftime_now` among them. None: the template
+            is compiled alone.
 
-        Raises:
-            PromptError: it is not valid.
-        """
-        if len(source) > MAX_TEMPLATE:
-            raise PromptError(f"the chat template is too long: {len(source)} characters")
-        environment = _Sandbox(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_refuse)
+    Raises:
+        RefusedError: see there.
+        MemoryError: there is too little for it.
+    """
+    template = _compiled(source)
+    if names is None:
+        return ""
+    now = datetime.fromisoformat(names["now"])
+    known = {**names, "strftime_now": now.strftime}
+    try:
+        return _rendered(template, {"tools": None, "documents": None, **known})
+    except RefusedError as error:  # transformers has them so, but some look for what is defined
         try:
-            self._template = environment.from_string(source)
-        except Exception as error:  # SyntaxError and ValueError of generated code too
-            line = getattr(error, "lineno", None)
-            where = "" if line is None else f", line {line}"
-            raise PromptError(f"the chat template is not valid{where}: {_reason(error)}") from None
+            return _rendered(template, known)
+        except RefusedError:
+            raise error from None
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], now: datetime, arguments: Mapping[str, Any]
-    ) -> str:
-        """Return the text of a conversation, up to where the assistant is to speak.
 
-        Args:
-            now: what the template takes for the present.
-            arguments: names that the template finds.
+def _rendered(template: jinja2.Template, known: Mapping[str, Any]) -> str:
+    try:
+        text = template.render(known)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a template can make Python raise
+        raise RefusedError(f"failed: {_reason(error)}") from None
+    if len(text) > MAX_TEXT:
+        raise RefusedError(f"made a prompt of {len(text)} characters")
+    return text
 
-        Raises:
-            PromptError: the template refuses the conversation, fails, or takes too long.
-        """
-        known = {
-            **arguments,
-            "strftime_now": now.strftime,
-            "add_generation_prompt": True,
-            "messages": messages,
-        }
-        try:
-            return self._render({"tools": None, "documents": None, **known})
-        except TimeUpError:
-            raise
-        except PromptError as error:  # transformers has them so, but some look for what is defined
-            try:
-                return self._render(known)
-            except TimeUpError:
-                raise
-            except PromptError:
-                raise error from None
 
-    def _render(self, known: Mapping[str, Any]) -> str:
-        outer = sys.gettrace()
-        sys.settrace(_time_limit())
-        try:
-            return self._template.render(known)
-        except TimeoutError as error:
-            raise TimeUpError(f"the chat template failed: {error}") from None
-        except Exception as error:  # whatever a template can make Python raise
-            raise PromptError(f"the chat template failed: {_reason(error)}") from None
-        finally:
-            sys.settrace(outer)
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse)
+    try:
+        return environment.from_string(source)
+    except MemoryError:
+        raise
+    except Exception as error:  # SyntaxError and ValueError of generated code too
+        line = getattr(error, "lineno", None)
+        where = "" if line is None else f", line {line}"
+        raise RefusedError(f"is not valid{where}: {_reason(error)}") from None
 
 
 class _Generation(Extension):
@@ -121,18 +110,6 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-def _time_limit() -> Any:
-    """Return a trace function that ends what it traces when its time is over."""
-    deadline = time.monotonic() + _MAX_SECONDS
-
-    def trace(_frame: FrameType, _event: str, _arg: Any) -> Any:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"it took more than {_MAX_SECONDS:g} seconds")
-        return trace
-
-    return trace
-
-
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -152,3 +129,46 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def _serve() -> None:
+    """Answer requests, lines of JSON, until there are no more or memory was short."""
+    _limit_memory()
+    replies = os.fdopen(os.dup(1), "wb")
+    replies.write(b"ready\n")
+    replies.flush()
+    for line in sys.stdin.buffer:
+        _end_after(_ORPHANED)
+        try:
+            request = json.loads(line)
+            reply = json.dumps({"text": render(request["source"], request["names"])})
+        except RefusedError as error:
+            reply = json.dumps({"refused": str(error)})
+        except MemoryError:
+            reply = json.dumps({"limit": f"takes more than {_MAX_MEMORY // 2**20} MiB of memory"})
+        replies.write(reply.encode() + b"\n")
+        replies.flush()
+        if reply.startswith('{"limit"'):
+            break
+        _end_after(0)
+
+
+def _end_after(seconds: int) -> None:
+    if hasattr(signal, "alarm"):
+        signal.alarm(seconds)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, hard))
+    except (ValueError, OSError):  # macOS knows it, and refuses it
+        return
+
+
+if __name__ == "__main__":
+    _serve()

@@ -18,24 +18,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from amulet_gguf.errors import PromptError
+from amulet_gguf.errors import PromptError, TemplateLimitError
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.prompts.messages import THOUGHT, add_to_digest, reshaped, split
-from amulet_gguf.prompts.rendering import Renderer, TimeUpError
+from amulet_gguf.prompts.sandbox import CHATML, Renderer
 from amulet_gguf.prompts.thoughts import IN_HISTORIES, OPENING, find_marks, follows
 
-#: Used for models that bring no template of their own, as llama.cpp does.
-CHATML: Final = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 _THOUGHT_NAMES: Final = (THOUGHT, "reasoning", "thinking")  # in templates of different families
 _MAX_BEGINNINGS: Final = 4096
 _OPENS: Final = re.compile("|".join(re.escape(mark) for mark in IN_HISTORIES if mark in OPENING))
 _CLOSES: Final = re.compile("|".join(re.escape(mark) for mark in IN_HISTORIES if mark not in OPENING))
 _RECOGNIZED: Final = 40  # characters of a system prompt: a template may change the rest
-_MAX_PROMPT: Final = 4_000_000  # characters; far more than a context holds
 
 # A noncharacter of Unicode, which no text holds: it marks where the name of a control token that
 # appears in a message is cut in two.
@@ -149,8 +143,6 @@ class ChatTemplate:
                 text += self.marks.skipping
         if begun:
             text += self._defuse({"role": "assistant", "content": begun})["content"]
-        if len(text) > _MAX_PROMPT:
-            raise PromptError(f"the chat template made a prompt of {len(text)} characters")
         if not text.strip(f"{_CUT} \r\n\t"):
             raise PromptError("the chat template made an empty prompt")
         # Only where a special token follows is it certain that no token spans the place.
@@ -227,13 +219,13 @@ class ChatTemplate:
         prompt out."""
         try:
             return self._render(messages, now)
-        except TimeUpError:
+        except TemplateLimitError:
             raise
         except PromptError as error:
             for form in reshaped(messages):
                 try:
                     return self._render(form, now)
-                except TimeUpError:  # noqa: PERF203
+                except TemplateLimitError:  # noqa: PERF203
                     raise
                 except PromptError:
                     continue

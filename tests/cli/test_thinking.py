@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from amulet_gguf.cli import main
-from amulet_gguf.prompts.template import CHATML
+from amulet_gguf.prompts.sandbox import CHATML
 
 QUESTION = "Why is the sky blue?"
 TEMPLATE = CHATML.replace("assistant\n", "assistant\n<think>\n")

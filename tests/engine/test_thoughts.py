@@ -17,7 +17,7 @@ from amulet_gguf.engine.request import Request
 from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.prompts.planning import Planner
-from amulet_gguf.prompts.template import CHATML
+from amulet_gguf.prompts.sandbox import CHATML
 from amulet_gguf.prompts.thoughts import FAMILIES, Marks
 
 QUESTION = "How are you?"

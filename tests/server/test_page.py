@@ -15,7 +15,7 @@ from fixture_types import Tiny
 from serving import Running, is_free, serving, until
 
 from amulet_gguf.preferences import PRESETS
-from amulet_gguf.prompts.template import CHATML
+from amulet_gguf.prompts.sandbox import CHATML
 from amulet_gguf.server.guard import Access
 from amulet_gguf.taste.taste import Candidate, Choice, Taste, open_taste
 

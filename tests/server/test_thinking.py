@@ -11,7 +11,7 @@ import pytest
 from fixture_types import Tiny
 from serving import Running, serving
 
-from amulet_gguf.prompts.template import CHATML
+from amulet_gguf.prompts.sandbox import CHATML
 
 HI: Any = [{"role": "user", "content": "Hi"}]
 

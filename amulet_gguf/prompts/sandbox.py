@@ -1,0 +1,192 @@
+"""Chat templates that are not trusted are rendered in a process of their own.
+
+No list of what a template can do is complete, and nothing stops an operation of Python's half-way: a
+process can be ended, and what it took is given back. One is enough for all templates. Where no Python
+can be started (an application frozen into one file), templates are rendered here, without bounds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from amulet_gguf.errors import PromptError, TemplateLimitError
+
+#: Characters of a template; real ones have a tenth of it.
+MAX_TEMPLATE: Final = 262_144
+#: Used for models that bring no template of their own, as llama.cpp does.
+CHATML: Final = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+#: SHA-256 of those that need no guard: CHATML, and the bundled model's.
+_TRUSTED: Final = frozenset(
+    {
+        hashlib.sha256(CHATML.encode()).hexdigest(),
+        "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788",
+    }
+)
+_MAX_SECONDS: Final = 2.0  # a template works for milliseconds
+_MAX_START: Final = 60.0  # seconds until the process is ready; it takes a tenth of one
+_START: Final = (
+    "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+)
+
+
+class Renderer:
+    """A chat template, ready to render conversations."""
+
+    def __init__(self, source: str) -> None:
+        """Compile a template.
+
+        Raises:
+            PromptError: it is not valid.
+            TemplateLimitError: it takes too long or too much memory.
+        """
+        if len(source) > MAX_TEMPLATE:
+            raise PromptError(f"the chat template is too long: {len(source)} characters")
+        self._source = source
+        digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+        self._is_guarded = digest not in _TRUSTED and _can_start_python()
+        self._render(None)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], now: datetime, arguments: Mapping[str, Any]
+    ) -> str:
+        """Return the text of a conversation, up to where the assistant is to speak.
+
+        Args:
+            now: what the template takes for the present.
+            arguments: names that the template finds, with values that JSON knows.
+
+        Raises:
+            PromptError: the template refuses the conversation, or fails.
+            TemplateLimitError: it takes too long or too much memory.
+        """
+        asked = {"add_generation_prompt": True, "messages": messages, "now": now.isoformat()}
+        return self._render({**arguments, **asked})
+
+    def _render(self, names: Mapping[str, Any] | None) -> str:
+        if self._is_guarded:
+            return _process.render(self._source, names)
+        from amulet_gguf.prompts import rendering
+
+        try:
+            return rendering.render(self._source, names)
+        except rendering.RefusedError as error:
+            raise PromptError(f"the chat template {error}") from None
+
+
+class _Process:
+    """The process that renders, started when it is needed. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: subprocess.Popen[bytes] | None = None
+
+    def render(self, source: str, names: Mapping[str, Any] | None) -> str:
+        """Have a template rendered, as `amulet_gguf.prompts.rendering.render`.
+
+        Raises:
+            PromptError, TemplateLimitError: see `Renderer.render`.
+        """
+        request = json.dumps({"source": source, "names": names}).encode() + b"\n"
+        with self._lock:
+            reply = self._ask(request)
+        if "limit" in reply:
+            raise TemplateLimitError(f"the chat template {reply['limit']}")
+        if "refused" in reply:
+            raise PromptError(f"the chat template {reply['refused']}")
+        return str(reply["text"])
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._running is not None:
+            self._running.kill()
+            self._running.communicate()
+            self._running = None
+
+    def _ask(self, request: bytes) -> dict[str, str]:
+        try:
+            process = self._ready()
+            began = time.monotonic()
+            reply = _within(_MAX_SECONDS, process, request)
+        except BaseException:  # Ctrl-C: the reply to this is not that to the next one
+            self.close()
+            raise
+        if reply:
+            answer: dict[str, str] = json.loads(reply)
+        elif time.monotonic() - began >= _MAX_SECONDS:
+            answer = {"limit": f"took more than {_MAX_SECONDS:g} seconds"}
+        else:
+            answer = {"limit": "ended the process that rendered it"}
+        if "limit" in answer:
+            self.close()
+        return answer
+
+    def _ready(self) -> subprocess.Popen[bytes]:
+        if self._running is None or self._running.poll() is not None:
+            self.close()
+            self._running = _start()
+            if not _within(_MAX_START, self._running, b""):
+                raise PromptError("the process that renders chat templates could not be started")
+        return self._running
+
+
+def _within(seconds: float, process: subprocess.Popen[bytes], request: bytes) -> bytes:
+    """Write a request and return the line that comes back; empty where the process ends before it."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    timer = threading.Timer(seconds, process.kill)  # pipes can be waited for without a limit alone
+    timer.start()
+    try:
+        process.stdin.write(request)
+        process.stdin.flush()
+        return process.stdout.readline()
+    except OSError:
+        return b""
+    finally:
+        timer.cancel()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """Start the process with the standard library and Jinja at hand, nothing else: it takes 50 ms."""
+    origins = [getattr(find_spec(name), "origin", "") for name in ("jinja2", "markupsafe")]
+    packages = [str(Path(origin).parents[1]) for origin in origins]
+    program = str(Path(__file__).with_name("rendering.py"))
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _START, program, *packages],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C and Ctrl-Z at the terminal are not for it
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
+
+
+def _can_start_python() -> bool:
+    """Tell whether this program is Python, not an application that holds one."""
+    return "py" in Path(sys.executable or "").stem.lower()
+
+
+def _forget() -> None:
+    """Leave the process to the parent of this one: they cannot share its pipes."""
+    global _process
+    _process = _Process()
+
+
+_process = _Process()
+atexit.register(lambda: _process.close())
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
