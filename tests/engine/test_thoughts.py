@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 from fixture_types import Tiny
+from peer_models import peer_models
 
 from amulet_gguf import Amulet, Answer, Settings
 from amulet_gguf.engine.request import Request
@@ -18,7 +21,7 @@ from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.sandbox import CHATML
-from amulet_gguf.prompts.thoughts import FAMILIES, Marks
+from amulet_gguf.prompts.thoughts import FAMILIES, Marks, find_marks, follows
 
 QUESTION = "How are you?"
 families = pytest.mark.parametrize("marks", FAMILIES, ids=lambda marks: marks.closes)
@@ -74,6 +77,43 @@ def write(amulet: Amulet, text: str, **options: Any) -> tuple[Answer, list[int],
         return amulet.start(plan, settings).answer(), rows, scripted
     finally:
         del context.add, amulet.engine.step
+
+
+THINKING = {
+    path.stem: path
+    for path in sorted(peer_models().glob("templates/*.jinja"))
+    if find_marks(path.read_text("utf-8"), ()) is not None
+}
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_real_templates_with_their_control_tokens(tmp_path: Path, name: str) -> None:
+    """A model that has both: the thought is found where the template's prompt leaves off."""
+    source = THINKING[name].read_text("utf-8")
+    marks = find_marks(source, ())
+    assert marks is not None
+    # The marks are tokens of their own, as in the families' vocabularies, and what else looks so.
+    control = {mark for mark in marks.all if "|>" not in mark.strip("<|>")}
+    control |= set(
+        re.findall(r"<\|[\w:]+\|>|<\|[a-z]+>|<[a-z]+\|>|<[｜][^<>]+[｜]>|\[/?[A-Z_]+\]", source)
+    )
+    file = tiny_models.build(
+        "qwen3", tmp_path / "model.gguf", chat_template=source, control_tokens=sorted(control)
+    )
+    with Amulet.load(file, n_ctx=2048, n_threads=1) as amulet:
+        model = amulet.model
+        assert control <= set(model.special_texts())
+        prompt = amulet.planner.request(QUESTION, None, Settings(think=True)).branches[0]
+        names = {t: model.token_text(t) for t in set(prompt.tolist())}
+        spelled = [names[t].encode() if names[t] in control else model.token_bytes(t) for t in prompt]
+        text = b"".join(spelled).decode()
+        state = follows(marks, text)
+        assert state != "answer"
+        told = ("" if state == "thought" else marks.opens[0]) + f"hm well{between(marks)}I am fine"
+        answer, rows, _ = write(amulet, told, think=True)
+        assert (answer.thought, answer.text) == ("hm well", "I am fine")
+        assert rows.count(1) >= len(model.tokenize("hm well")) - 1
+        assert rows[-3:] == [2, 2, 2]
 
 
 def between(marks: Marks) -> str:

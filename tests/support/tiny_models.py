@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -333,11 +333,14 @@ def build(
     context_length: int = 2048,
     chat_template: str | None = CHATML,
     corrupt_nan: bool = False,
+    control_tokens: Iterable[str] = (),
 ) -> Path:
     """Write a model that generates; `corrupt_nan` gives its last token (<tool>) a NaN logit."""
     spec = _SPECS[architecture]
     random = np.random.default_rng(seed)
     vocabulary = byte_level_vocabulary() if spec.byte_level else sentencepiece_vocabulary()
+    for text in control_tokens:
+        vocabulary.add(text, TokenType.CONTROL)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(f"tiny-{architecture}")
     writer.add_context_length(context_length)
