@@ -18,6 +18,7 @@ from literal import ftrl, log_softmax
 
 import amulet_gguf
 from amulet_gguf import Amulet, EngineError, PromptError, PromptTooLongError, SettingError, Settings
+from amulet_gguf.engine.drafts import RowTimes
 from amulet_gguf.llama.context import Context
 from amulet_gguf.method import mixture
 from amulet_gguf.method.facts import Facts
@@ -99,6 +100,8 @@ def test_an_earlier_answer_saves_steps(amulet: Amulet, monkeypatch: pytest.Monke
         return steps[-1]
 
     monkeypatch.setattr(amulet.engine, "step", counted)
+    monkeypatch.setattr(amulet.engine, "_row_times", RowTimes())
+    monkeypatch.setattr(RowTimes, "told", lambda *_: None)  # of a busy machine: rows would not pay
     first = amulet.generate(PROMPT, settings=settings)
     n_plain = len(steps)
     amulet.generate(PROMPT, settings=settings, draft=first.text)
