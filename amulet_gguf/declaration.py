@@ -22,7 +22,17 @@ from amulet_gguf.errors import SettingError, shown
 from amulet_gguf.preferences import as_preferences
 
 Kind: TypeAlias = Literal[
-    "number", "whole", "switch", "choice", "text", "texts", "path", "preferences", "biases", "arguments"
+    "number",
+    "whole",
+    "switch",
+    "choice",
+    "text",
+    "texts",
+    "path",
+    "preferences",
+    "biases",
+    "arguments",
+    "schema",
 ]
 #: Kinds of which several values may be given, one at a time.
 SEVERAL: Final = ("texts", "preferences", "biases", "arguments")
@@ -33,6 +43,7 @@ _SWITCH: Final = {
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _MAX_ARGUMENTS: Final = 65_536  # characters
+_MAX_SCHEMA: Final = 262_144  # characters
 _ID: Final = re.compile(r"[0-9]{1,10}")
 _MAX_TEXTS: Final = 16_384  # characters; each token is compared with all of them
 _TYPES: Final[dict[Kind, tuple[type, ...]]] = {
@@ -143,6 +154,8 @@ class Setting:
             return as_biases(name, value, self.low, self.high)
         if self.kind == "arguments":
             return as_arguments(name, value)
+        if self.kind == "schema":
+            return as_schema(name, value)
         if self.kind == "texts":
             return _as_texts(name, value)
         if self.is_number:
@@ -201,6 +214,31 @@ def _as_texts(name: str, value: Any) -> tuple[str, ...]:
     if sum(map(len, texts)) > _MAX_TEXTS:
         raise SettingError(f"{name}: at most {_MAX_TEXTS} characters in all", name)
     return texts
+
+
+def as_schema(name: str, value: Any) -> str:
+    """Return a JSON schema in one form: JSON, in one line.
+
+    Args:
+        value: a mapping, JSON of one, or a pydantic model.
+    """
+    described = getattr(value, "model_json_schema", None)
+    if described is not None:
+        value = described()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise SettingError(f"{name} is not valid JSON: {error}", name) from None
+    if not isinstance(value, Mapping):
+        raise SettingError(f"{name} must be a JSON schema, an object, got {shown(value)}", name)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise SettingError(f"{name} holds what is not JSON", name) from None
+    if len(text) > _MAX_SCHEMA:
+        raise SettingError(f"{name}: at most {_MAX_SCHEMA} characters", name)
+    return text
 
 
 def as_biases(name: str, value: Any, low: float, high: float) -> tuple[tuple[int | str, float], ...]:

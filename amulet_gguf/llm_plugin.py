@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from amulet_gguf.service.service import AmuletService
     from amulet_gguf.service.stream import ServiceStream
 
+#: Those for which llm has no options of its own.
+_SETTINGS = {name: each for name, each in SETTINGS.items() if name not in ("system", "schema")}
 _lock = threading.Lock()
 _loaded: dict[Loading, AmuletService] = {}
 
@@ -40,8 +42,7 @@ def _options() -> type[llm.Options]:
             (float | str if each.words else types.get(each.kind, str)) | None,
             Field(None, description=each.help),
         )
-        for name, each in {**SETTINGS, **LOADING}.items()
-        if name != "system"  # llm has an option of its own
+        for name, each in {**_SETTINGS, **LOADING}.items()
     }
     fields["profile"] = (
         str | None,
@@ -61,18 +62,20 @@ def _given(options: Any, known: Mapping[str, Setting]) -> dict[str, Any]:
     }
 
 
-def _settings(options: Any, system: str | None) -> Settings:
+def _settings(options: Any, system: str | None, schema: Any = None) -> Settings:
     """Return the settings of a prompt: what is typed, the profile, the defaults."""
     from amulet_gguf.home.config import load_config
 
     settings = Settings()
     if options.profile not in (None, "none"):
         settings = load_config().settings(options.profile, settings)
-    given = _given(options, SETTINGS)
+    given = _given(options, _SETTINGS)
     if isinstance(options.prefer, str) and options.prefer[:1] != "[" and given["prefer"]:
         given["prefer"] = parse_preferences(options.prefer)
     if system:
         given["system"] = system
+    if schema is not None:
+        given["schema"] = schema
     return dataclasses.replace(settings, **given)
 
 
@@ -103,7 +106,7 @@ def _ask(prompt: Any, turns: list[tuple[str, str]], system: str | None) -> Servi
             {"role": "assistant", "content": answer},
         ]
     messages.append({"role": "user", "content": prompt.prompt or ""})
-    settings = _settings(prompt.options, system)
+    settings = _settings(prompt.options, system, getattr(prompt, "schema", None))
     return _service(prompt.options).stream(messages=messages, settings=settings, is_adjustable=False)
 
 
@@ -136,6 +139,7 @@ class AmuletModel(llm.Model):
 
     model_id = "amulet"
     can_stream = True
+    supports_schema = True
 
     Options = _options()  # type: ignore[assignment]
 
@@ -165,6 +169,7 @@ class AmuletAsyncModel(llm.AsyncModel):
 
     model_id = "amulet"
     can_stream = True
+    supports_schema = True
 
     Options = _options()  # type: ignore[assignment]
 

@@ -27,6 +27,11 @@ BiasesLike: TypeAlias = (
 #: What `template_args` takes: JSON values by name, (name, value) pairs, or texts as NAME=VALUE.
 ArgumentsLike: TypeAlias = Mapping[str, Any] | Iterable[tuple[str, Any]] | Iterable[str] | None
 
+#: What `schema` takes: a JSON schema, as an object or as text, or a pydantic model.
+SchemaLike: TypeAlias = Mapping[str, Any] | str | type | None
+
+_GRAMMARS: Final = ("schema", "regex", "grammar")  # one of them at most
+_MAX_GRAMMAR: Final = 262_144  # characters
 _TEMPLATE_NAMES: Final = frozenset({
     "messages", "add_generation_prompt", "raise_exception", "strftime_now", "bos_token", "eos_token",
 })  # fmt: skip
@@ -72,6 +77,9 @@ class Options(TypedDict, total=False):
     think_effort: Effort | None
     think_tokens: int | None
     align_thoughts: bool
+    schema: SchemaLike
+    regex: str | None
+    grammar: str | None
 
 
 @dataclass(frozen=True)
@@ -243,6 +251,22 @@ class Settings(Declared):
         off="--plain-thoughts",
         otherwise="plain",
     )
+    schema: str | None = setting(
+        None,
+        "A JSON schema, or a file with one, that the answer obeys, token by token.",
+        "schema",
+        flag="--json-schema",
+        metavar="FILE|JSON",
+    )
+    regex: str | None = setting(
+        None, "A regular expression that the whole answer matches.", "text", metavar="REGEX"
+    )
+    grammar: str | None = setting(
+        None,
+        "A grammar, or a file with one, that the answer obeys: llama.cpp's GBNF, or Lark.",
+        "text",
+        metavar="FILE|TEXT",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,6 +283,11 @@ class Settings(Declared):
                 raise SettingError(
                     f"date must be a day as 2026-11-26, got {self.date!r}", "date"
                 ) from None
+        given = [name for name in _GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SettingError(f"{' and '.join(given)} exclude each other: give one", given[1])
+        if given and not 1 <= len(getattr(self, given[0])) <= _MAX_GRAMMAR:
+            raise SettingError(f"{given[0]} must have 1 to {_MAX_GRAMMAR} characters", given[0])
         taken = _TEMPLATE_NAMES.intersection(name for name, _ in self.template_args)
         if taken:
             raise SettingError(

@@ -58,6 +58,9 @@ SAMPLES: dict[str, tuple[Any, str]] = {
     "think_effort": ("low", "low"),
     "think_tokens": (9, "9"),
     "align_thoughts": (True, "true"),
+    "schema": ({"type": "array", "maxItems": 3}, '{"type": "array", "maxItems": 3}'),
+    "regex": ("[a-z]{3,7}", "[a-z]{3,7}"),
+    "grammar": ('root ::= "a" | "b"', 'root ::= "a" | "b"'),
 }
 
 
@@ -73,7 +76,7 @@ def typed(name: str) -> list[str]:
         return [option if value else SETTINGS[name].off]
     if name == "template_args":
         return ["--template-arg", "enable_thinking=false", "--template-args", "date=May"]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and name != "schema":
         return [word for token, bias in value.items() for word in (option, f"{token}:{bias}")]
     return [option, SAMPLES[name][1]]
 
@@ -167,9 +170,10 @@ def test_requests_to_the_server(name: str) -> None:
 
 @every_setting
 def test_options_of_llm(name: str) -> None:
-    options = llm_plugin.AmuletModel.Options(**({name: SAMPLES[name][1]} if name != "system" else {}))
-    system = SAMPLES[name][0] if name == "system" else None
-    assert llm_plugin._settings(options, system) == expected(name)
+    own = {name: SAMPLES[name][0]} if name in ("system", "schema") else {}
+    options = llm_plugin.AmuletModel.Options(**({} if own else {name: SAMPLES[name][1]}))
+    found = llm_plugin._settings(options, own.get("system"), own.get("schema"))
+    assert found == expected(name)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,9 @@ def test_whole_numbers_are_not_floats(name: str) -> None:
             "think",
             "think_effort",
             "think_tokens",
+            "schema",
+            "regex",
+            "grammar",
         }
     ),
 )
@@ -179,6 +182,34 @@ def test_one_weight_up_to_one_allows_every_strength(s: float, weight: float) -> 
     assert Settings(strength=s, prefer=("Be bold.", weight)).strength == s
 
 
+# --- grammars ---
+
+
+def test_a_schema_is_brought_into_one_form() -> None:
+    class Pet:
+        """As pydantic's models are."""
+
+        @staticmethod
+        def model_json_schema() -> dict[str, Any]:
+            return {"type": "object"}
+
+    schemas: list[Any] = [{"type": "object"}, '{"type":  "object"}', Pet]
+    assert {Settings(schema=each).schema for each in schemas} == {'{"type": "object"}'}
+    wrong: list[Any] = ["{", "[]", "3", True, [], {"a": {1}}, {"a": float("nan")}, {"a": "x" * 300_000}]
+    for bad in wrong:
+        with pytest.raises(SettingError, match="schema"):
+            Settings(schema=bad)
+
+
+def test_one_grammar_is_enough() -> None:
+    with pytest.raises(SettingError, match="schema and regex exclude each other"):
+        Settings(schema={}, regex="a")
+    empty: list[dict[str, Any]] = [{"regex": ""}, {"grammar": ""}]
+    for options in empty:
+        with pytest.raises(SettingError, match="1 to 262144 characters"):
+            Settings(**options)
+
+
 # --- the whole ---
 
 
@@ -222,6 +253,9 @@ def test_the_papers_settings() -> None:
         "think_effort": None,
         "think_tokens": None,
         "align_thoughts": False,
+        "schema": None,
+        "regex": None,
+        "grammar": None,
     }
     assert Settings.paper().prefer == ()
 

@@ -243,6 +243,8 @@ class _Always:
 
     state: Final = "thought"
     has_thought: Final = True
+    holds: Final = False
+    opening: Final = ()
 
     def anew(self) -> _Always:
         return self

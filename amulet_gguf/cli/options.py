@@ -32,6 +32,8 @@ _WEIGHT = re.compile(r":(-?[0-9]+(?:\.[0-9]*)?)$")
 _MAX_PROMPT_BYTES = 16 * 2**20
 _PROFILE: Final = "amulet_gguf.profile"  # in a context's `meta`: values of the chosen profile
 _PAPER: Final = ("alpha", "lam", "eta", "iterations")
+#: Of settings that may be the name of a file: what they hold if they are not.
+_WRITTEN_OUT: Final = {"schema": r"^\s*{", "grammar": r"::=|\bstart\s*:"}
 _TYPES: Final = {"number": float, "whole": int}
 
 
@@ -241,6 +243,9 @@ def typed_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: options[name] for name in SETTINGS if options[name] not in (None, ())}
     if "prefer" in given:
         given["prefer"] = list(map(preference, given["prefer"]))
+    for name, begins in _WRITTEN_OUT.items():
+        if name in given and not re.search(begins, given[name]):
+            given[name] = _read_text(given[name])
     paper = {name: options[name] for name in _PAPER if options[name] is not None}
     if paper:
         if "strength" in given:

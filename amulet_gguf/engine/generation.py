@@ -1,71 +1,47 @@
-"""One generation: its prompts being read, its tokens being chosen, and the pieces that come of it."""
+"""One generation: its prompts being read, and what was written after them."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
-from amulet_gguf.engine.answer import FinishReason, Kind, Piece, Timings, Usage
+from amulet_gguf.engine.answer import Timings, Usage
 from amulet_gguf.engine.context import Context
 from amulet_gguf.engine.drafts import Step
-from amulet_gguf.engine.request import Request, State
-from amulet_gguf.engine.text import TextAssembler
+from amulet_gguf.engine.request import Request
+from amulet_gguf.engine.writing import Writing
 from amulet_gguf.method.arrays import Float32Array, Tokens
-from amulet_gguf.method.explanation import Explanation, explain
-from amulet_gguf.method.facts import Facts
-from amulet_gguf.method.mixture import Mixture
-from amulet_gguf.method.realign import argmax
 from amulet_gguf.method.vocabulary import Detokenizer
 
 # Sharing a prefix costs a copy of a whole sequence's cache; below this it is read per branch instead.
 _MIN_SHARED: Final = 16
 
 
-class Generation:
+class Generation(Writing):
     """A request on its way through the engine.
 
     Attributes:
-        request: what was asked for.
         mixture: of the next token that no step has begun; may be replaced by one of as many branches at
             any time.
-        pieces: what was produced and not yet taken.
-        finish_reason: None while it runs or if it failed.
-        error: why it failed, or None.
         n_prompt: tokens of its longest prompt.
         n_prefill: tokens to read before the first token, shared prefixes once, and branches that it does
             not need not at all.
         n_read: how many of them have been read.
-        thought_limit: tokens of a thought at most, or None.
         n_guessed, n_right: tokens that drafts proposed, and those of them that were chosen.
-        submitted_at, started_at, first_token_at, finished_at: seconds of `time.perf_counter`.
+        submitted_at, started_at: seconds of `time.perf_counter`.
     """
 
     def __init__(self, request: Request) -> None:
-        self.request = request
+        super().__init__(request)
         self.mixture = request.mixture.anew()
-        self.pieces: deque[Piece] = deque()
-        self.finish_reason: FinishReason | None = None
-        self.error: BaseException | None = None
         self.n_prompt = max(map(len, request.branches))
         self.n_read = 0
         self.submitted_at = time.perf_counter()
         self.started_at: float | None = None
-        self.first_token_at: float | None = None
-        self.finished_at: float | None = None
-
-        self._written: list[int] = []
-        self._text = TextAssembler(request.stop)
-        self._facts = Facts()
-        rule = request.thoughts
-        self._thoughts = None if rule is None else rule.follows.anew()
-        self._of_thoughts = None if rule is None or rule.mixture is None else rule.mixture.anew()
-        self.thought_limit = None if rule is None else rule.max_tokens
-        self._n_thought = 0  # tokens, marks included
         self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
         self._needed: tuple[int, ...] = ()  # of its first token
         self._guesses: list[int] = []
@@ -86,23 +62,8 @@ class Generation:
         self.n_prefill = (
             self.n_read
             + self.n_shared
-            + sum(self.unread(branch) - self.n_shared for branch in self._now(self.mixture).needed)
+            + sum(self.unread(branch) - self.n_shared for branch in self.now(self.mixture).needed)
         )
-
-    def _now(self, mixture: Mixture) -> Mixture:
-        """Return the mixture of the next token: this one, if it is not of a thought."""
-        return (
-            self._of_thoughts if self._state == "thought" and self._of_thoughts is not None else mixture
-        )
-
-    @property
-    def _state(self) -> State:
-        return "answer" if self._thoughts is None else self._thoughts.state
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens written."""
-        return len(self._written)
 
     @property
     def n_branches(self) -> int:
@@ -111,10 +72,6 @@ class Generation:
     @property
     def sequences(self) -> range:
         return range(self.first_sequence, self.first_sequence + self.n_branches)
-
-    @property
-    def is_finished(self) -> bool:
-        return self.finished_at is not None
 
     def unread(self, branch: int) -> int:
         """Return how many tokens a branch has yet to read: of its prompt, and of what was written."""
@@ -154,7 +111,7 @@ class Generation:
     def is_behind(self) -> bool:
         """It has more to read before its next token than the last one."""
         return self.n_tokens == 0 or any(
-            self.unread(branch) > 1 for branch in self._now(self.mixture).needed
+            self.unread(branch) > 1 for branch in self.now(self.mixture).needed
         )
 
     def split(self, context: Context) -> None:
@@ -172,7 +129,7 @@ class Generation:
         or each of them keeps a token for a later step.
         """
         self._acting, self._guesses = self.mixture, []
-        self._needed = self._now(self._acting).needed
+        self._needed = self.now(self._acting).needed
         if self.n_tokens == 0:  # the dial may have moved
             self._count_prefill()
         chunks = [0] * self.n_branches
@@ -236,17 +193,18 @@ class Generation:
         places = logits.reshape(len(self._needed), -1, logits.shape[1])
         before, n_right = self.n_tokens, 0
         for place in range(places.shape[1]):
-            needed = self._now(self._acting).needed
+            needed = self.now(self._acting).needed
             if not set(needed) <= set(self._needed):  # it needs a branch that was not read
                 break
             at = logits
             if places.shape[1] > 1 or needed != self._needed:
                 at = places[[self._needed.index(branch) for branch in needed], place]
-            token = self._choose(at, row, detokenizer)
+            token = self.choose(self.now(self._acting), at, row, detokenizer)
             if place < len(self._guesses) and token == self._guesses[place]:
                 n_right = self.n_tokens - before  # the end of an answer is not written
-            if self.is_finished or self._cut_thought(detokenizer) or n_right <= place:
+            if self.is_finished or self.cut_thought(detokenizer) or n_right <= place:
                 break
+        self.write_forced(detokenizer)
         if before == 0:
             self._n_at_once = self.n_tokens
         if self._guesses:
@@ -265,109 +223,6 @@ class Generation:
             length = len(self.request.branches[branch]) + n_valid
             context.truncate(self.first_sequence + branch, length)
             self._n_cached[branch] = length
-
-    def _choose(self, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer) -> int:
-        """Choose a token and write it; return it."""
-        mixture = self._now(self._acting)
-        self.request.sampler.bias(logits)
-        prompted = mixture.combine(logits, row, lambda token: self._is_plain(token, detokenizer))
-        changed = int(argmax(row)) != prompted  # before penalties and chance have their say
-        n_alternatives = 0 if self._state == "thought" else self.request.n_alternatives
-        combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
-        token = self.request.sampler.sample(row)
-        if self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
-        stops = self.request.stop_tokens if self._state == "answer" else ()
-        if detokenizer.ends_generation(token) or token in stops:
-            if self._state == "thought":
-                self.thought_limit = 0  # it forgot the answer
-            else:
-                self.finish("stop")
-            return token
-        explanation, spell = None, detokenizer.token_bytes
-        if n_alternatives:
-            explanation = explain(
-                logits, mixture.judge, combined, token, spell, n_alternatives, mixture.strength
-            )
-        self._write(token, changed, explanation, detokenizer)
-        return token
-
-    def _is_plain(self, token: int, detokenizer: Detokenizer) -> bool:
-        """Tell whether a token, ordinary prompting's best, is to be written as that would."""
-        if self._thoughts is not None and self._state == "open":
-            return self._thoughts.may_open(token)
-        return self.request.protects_facts and self._facts.include(detokenizer.token_bytes(token))
-
-    def _write(
-        self, token: int, changed: bool, explanation: Explanation | None, detokenizer: Detokenizer
-    ) -> None:
-        self._written.append(token)
-        data, thoughts = detokenizer.token_bytes(token), self._thoughts
-        if thoughts is not None and thoughts.state != "answer":
-            is_of_mark = thoughts.may_open(token) or thoughts.has_thought
-            found = thoughts.push(token)
-            data = b"".join(said for kind, said in found if kind == "answer")
-            self.pieces.extend(
-                Piece(said.decode(), kind="thought") for k, said in found if k == "thought"
-            )
-            if self._state != "answer" or not data:
-                self._n_thought += 1
-            if is_of_mark and not data:
-                changed, explanation = False, None
-        self._facts.push(data)
-        kind: Kind = "thought" if self._state == "thought" else "answer"
-        piece = Piece(self._text.push(data), token, changed, None, explanation, kind)
-        if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
-            return
-        if self._text.stopped:
-            self.finish("stop", piece)
-        elif self._n_answer >= self.request.max_tokens:
-            self.finish("length", piece)
-        else:
-            self.pieces.append(piece)
-
-    @property
-    def _n_answer(self) -> int:
-        """Tokens written of the answer."""
-        has_thought = self._thoughts is not None and self._thoughts.has_thought
-        return self.n_tokens - self._n_thought if has_thought else self.n_tokens
-
-    def _cut_thought(self, detokenizer: Detokenizer) -> bool:
-        """End a thought that is too long; return whether it was."""
-        rule, thoughts, limit = self.request.thoughts, self._thoughts, self.thought_limit
-        if rule is None or thoughts is None or limit is None:
-            return False
-        if thoughts.state != "thought" or self._n_thought < limit:
-            return False
-        for token in rule.ending:
-            self._write(token, False, None, detokenizer)
-        thoughts.settle()
-        return True
-
-    def finish(self, reason: FinishReason, last: Piece | None = None) -> None:
-        """End with a last piece, which gets all text that was held back."""
-        if not self.is_finished:
-            last = last or Piece("")
-            text = last.text
-            if self._thoughts is not None and self._thoughts.state != "answer":
-                for kind, said in self._thoughts.end():
-                    if kind == "thought":
-                        self.pieces.append(Piece(said.decode(), kind=kind))
-                    else:
-                        text += self._text.push(said)
-            text += self._text.push(b"", final=True)
-            self.pieces.append(replace(last, text=text, finish_reason=reason))
-            self.finish_reason = reason
-            self.finished_at = time.perf_counter()
-            is_whole = 0 < self.n_tokens == self._n_answer and not self._text.stopped
-            if self.request.on_end is not None and is_whole:
-                self.request.on_end(self._written)
-
-    def fail(self, error: BaseException) -> None:
-        """End with an error, which is raised after the pieces produced so far."""
-        if not self.is_finished:
-            self.error = error
-            self.finished_at = time.perf_counter()
 
     @property
     def usage(self) -> Usage:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from amulet_gguf.engine.answer import Kind
 from amulet_gguf.engine.drafts import Drafts
-from amulet_gguf.method.arrays import Tokens
+from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import Sampler
 
@@ -23,11 +23,29 @@ class Thoughts(Protocol):
     def state(self) -> State: ...
     @property
     def has_thought(self) -> bool: ...
+    @property
+    def holds(self) -> bool: ...
+    @property
+    def opening(self) -> Sequence[int]: ...
     def anew(self) -> Thoughts: ...
     def may_open(self, token: int) -> bool: ...
     def push(self, token: int) -> Sequence[tuple[Kind, bytes]]: ...
     def end(self) -> Sequence[tuple[Kind, bytes]]: ...
     def settle(self) -> None: ...
+
+
+class Grammar(Protocol):
+    """What the engine needs of `amulet_gguf.prompts.grammars.Matcher`, which follows one answer.
+
+    - forced: tokens that alone can come next.
+    - forbid: rules out of (N, V) logits, in place, what cannot come next; `also` can.
+    - push: takes a token, of which `data` belongs to the answer; returns whether nothing can follow.
+    """
+
+    def anew(self) -> Grammar: ...
+    def forced(self) -> Sequence[int]: ...
+    def forbid(self, logits: Float32Array, also: Sequence[int]) -> None: ...
+    def push(self, token: int, data: bytes) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,7 @@ class Request:
         drafts: guesses of its tokens, to be verified several in a step.
         protects_facts: names, numbers and the like are written as ordinary prompting has them.
         thoughts: how to write them, of a model that may think.
+        grammar: that the answer obeys.
     """
 
     branches: Sequence[Tokens]
@@ -85,3 +104,4 @@ class Request:
     drafts: Drafts | None = None
     protects_facts: bool = False
     thoughts: ThoughtRule | None = None
+    grammar: Grammar | None = None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from amulet_gguf.method._kernel import kernel
 from amulet_gguf.method.arrays import BLOCK, Float32Array, Float64Array
 from amulet_gguf.method.realign import mixed
-from amulet_gguf.method.sampling import exp_below, log_sum
+from amulet_gguf.method.sampling import RULED_OUT, exp_below, log_sum
 
 #: KL in nats from which a token is shaded fully.
 FULL: Final = 2.0
@@ -85,7 +85,7 @@ def explain(
     found: set[int] = set()
     for values in (row, plain):
         largest(values, best)
-        found.update(each for each in best.tolist() if values[each] > -np.inf)
+        found.update(each for each in best.tolist() if values[each] > RULED_OUT)
 
     def probabilities(token: int) -> tuple[float, float]:
         return math.exp(float(row[token]) - log_row), math.exp(float(plain[token]) - log_plain)

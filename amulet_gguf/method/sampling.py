@@ -25,6 +25,8 @@ from amulet_gguf.settings import Settings
 PLAIN: Final = Settings(repeat_penalty=1.0)
 _BAN: Final = -100.0  # a bias that rules a token out
 _BANNED: Final = -1e9  # its logit: no amplification brings it back, and plausibility judges others
+_FORBIDDEN: Final = -2e9  # the logit of what a grammar forbids: less than that of a banned token
+RULED_OUT: Final = -1e8  # a logit below it is that of either
 _MAX_SCALE: Final = 1e30  # leaves the best tokens alone as surely as infinity, without its NaN
 _LOWEST: Final = np.finfo(np.float32).min  # below it there are only masked tokens
 _FIRST_WINDOW: Final = 4.0  # nats below the best logit; holds the nucleus of most real rows
@@ -130,6 +132,27 @@ def token_biases(
         for each in {token} if isinstance(token, int) else set(vocabulary.tokenize(token).tolist()):
             sums[each] = sums.get(each, 0.0) + number
     return np.array(list(sums), np.int64), np.array(list(sums.values()), np.float32)
+
+
+@kernel()
+def forbid(logits: Float32Array, allowed: npt.NDArray[np.int32]) -> None:
+    """Rule out tokens in (N, V) logits, in place, before they are combined.
+
+    Coefficients sum to 1, so that the combination rules them out, too, and what judges plausibility.
+
+    Args:
+        allowed: (ceil(V / 32),) a bit for each token, the lowest first.
+    """
+    n_vocab = logits.shape[1]
+    for word in range(allowed.size):
+        bits = allowed[word]
+        if bits == -1:
+            continue
+        start = word * 32
+        for v in range(start, min(start + 32, n_vocab)):
+            if not (bits >> (v - start)) & 1:
+                for row in range(logits.shape[0]):
+                    logits[row, v] = np.float32(_FORBIDDEN)
 
 
 @kernel(fastmath={"reassoc", "contract", "nsz"})

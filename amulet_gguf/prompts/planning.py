@@ -22,6 +22,7 @@ from amulet_gguf.method.mixture import (
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.methods import resolve
 from amulet_gguf.preferences import Preference
+from amulet_gguf.prompts.grammars import Grammars
 from amulet_gguf.prompts.messages import Message, conversation, split, with_preference
 from amulet_gguf.prompts.template import ChatTemplate
 from amulet_gguf.prompts.thoughts import Thinking, Thoughts, follows, switches
@@ -47,6 +48,7 @@ class Planner:
         self._transcripts = lru_cache(maxsize=16)(self._new_transcripts)
         self._model = model
         self._drafter = drafter
+        self._grammars = Grammars(model)
         # A slider asks again at every move.
         self._echo_tokens = lru_cache(maxsize=64)(partial(echo_tokens, model))
 
@@ -132,6 +134,7 @@ class Planner:
             drafts=self._drafts(branches, draft, is_adjustable),
             protects_facts=settings.protect_facts,
             thoughts=thoughts,
+            grammar=self._grammars.of(settings),
         )
 
     def _thoughts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -124,6 +124,11 @@ class Thoughts:
         self._held = ""  # it may be the beginning of a mark
         self.has_thought = state == "thought"
 
+    @property
+    def holds(self) -> bool:
+        """Whether text is held back that is no white space."""
+        return bool(self._held.strip())
+
     def settle(self) -> None:
         """Let nothing but the answer follow."""
         self._held, self.state = "", "answer"
@@ -207,6 +212,17 @@ class Thinking:
     def has_thought(self) -> bool:
         """Whether there was a thought, or a mark that says that there is none."""
         return self._thoughts.has_thought
+
+    @property
+    def holds(self) -> bool:
+        """Whether what was written last may be the beginning of a mark."""
+        return self._thoughts.holds
+
+    @property
+    def opening(self) -> Sequence[int]:
+        """Tokens that marks before the answer begin with."""
+        marks = (*self._marks.opens, *self._marks.answers)
+        return [int(self._vocabulary.tokenize(mark, special=True)[0]) for mark in marks]
 
     def may_open(self, token: int) -> bool:
         """Tell whether a token may begin a thought, or go on with its mark."""

@@ -257,3 +257,22 @@ def test_a_character_that_begins_with_the_answer_is_whole(
             Settings(),
         )
         assert stream.answer().text == "好你"
+
+
+@families
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_grammar_is_the_answers_alone(tiny: Tiny, tmp_path: Path, marks: Marks, opens: bool) -> None:
+    """The thought is free, and so are the marks; where the answer begins, nothing else is possible."""
+    with thinker(tiny, tmp_path, marks, opens) as amulet:
+        # Behind a mark of the answer, its first letters are forced; else the mark of a thought may come.
+        begin = marks.answers[0] if marks.answers else "a"
+        told = f"hm well{marks.closes}{begin}!"
+        answer, _, scripted = write(
+            amulet, (told if opens else marks.opens[0] + told), regex="abc of the sea[.!]"
+        )
+        assert answer.thought == "hm well"
+        assert answer.text == "abc of the sea!"
+        last = {amulet.model.token_bytes(int(i)) for i in np.flatnonzero(scripted.rows[-1] > -1e8)}
+        assert last <= {b".", b"!"}  # plausibility may leave one
+        n_allowed = (scripted.rows[0] > -1e8).sum()
+        assert n_allowed > 100 if opens else n_allowed <= 1 + len(marks.opens) + len(marks.answers)

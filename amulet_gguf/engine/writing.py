@@ -1,0 +1,209 @@
+"""An answer as it is written: its next token is chosen from the branches' logits, and becomes text."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+from amulet_gguf.engine.answer import FinishReason, Kind, Piece
+from amulet_gguf.engine.request import Request, State
+from amulet_gguf.engine.text import TextAssembler
+from amulet_gguf.method.arrays import Float32Array
+from amulet_gguf.method.explanation import Alternative, Explanation, explain
+from amulet_gguf.method.facts import Facts
+from amulet_gguf.method.mixture import Mixture
+from amulet_gguf.method.realign import argmax
+from amulet_gguf.method.vocabulary import Detokenizer
+
+
+class Writing:
+    """What is written of an answer.
+
+    Attributes:
+        request: what was asked for.
+        pieces: what was produced and not yet taken.
+        finish_reason: None while it is written or if that failed.
+        error: why it failed, or None.
+        thought_limit: tokens of a thought at most, or None.
+        first_token_at, finished_at: seconds of `time.perf_counter`.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.pieces: deque[Piece] = deque()
+        self.finish_reason: FinishReason | None = None
+        self.error: BaseException | None = None
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
+        self._written: list[int] = []
+        self._text = TextAssembler(request.stop)
+        self._facts = Facts()
+        rule = request.thoughts
+        self._thoughts = None if rule is None else rule.follows.anew()
+        self._of_thoughts = None if rule is None or rule.mixture is None else rule.mixture.anew()
+        self.thought_limit = None if rule is None else rule.max_tokens
+        self._n_thought = 0  # tokens, marks included
+        self._grammar = None if request.grammar is None else request.grammar.anew()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens written."""
+        return len(self._written)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finished_at is not None
+
+    @property
+    def _state(self) -> State:
+        return "answer" if self._thoughts is None else self._thoughts.state
+
+    def now(self, mixture: Mixture) -> Mixture:
+        """Return the mixture of the next token: this one, if it is not of a thought."""
+        return (
+            self._of_thoughts if self._state == "thought" and self._of_thoughts is not None else mixture
+        )
+
+    def choose(
+        self, mixture: Mixture, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer
+    ) -> int:
+        """Choose a token and write it; return it.
+
+        Args:
+            mixture: of this token.
+            logits: (N, V) of the branches that it needs.
+            row: (V,) work space.
+        """
+        forced = self._forced()
+        if forced:
+            self._write(forced[0], False, self._certain(forced[0], detokenizer), detokenizer)
+            return forced[0]
+        self.request.sampler.bias(logits)
+        self._forbid(logits)
+        prompted = mixture.combine(logits, row, lambda token: self._is_plain(token, detokenizer))
+        changed = int(argmax(row)) != prompted  # before penalties and chance have their say
+        n_alternatives = 0 if self._state == "thought" else self.request.n_alternatives
+        combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
+        token = self.request.sampler.sample(row)
+        if self.first_token_at is None:
+            self.first_token_at = time.perf_counter()
+        stops = self.request.stop_tokens if self._state == "answer" else ()
+        if detokenizer.ends_generation(token) or token in stops:
+            if self._state == "thought":
+                self.thought_limit = 0  # it forgot the answer
+            else:
+                self.finish("stop")
+            return token
+        explanation, spell = None, detokenizer.token_bytes
+        if n_alternatives:
+            explanation = explain(
+                logits, mixture.judge, combined, token, spell, n_alternatives, mixture.strength
+            )
+        self._write(token, changed, explanation, detokenizer)
+        return token
+
+    def write_forced(self, detokenizer: Detokenizer) -> None:
+        """Write the tokens that nothing else can follow: there is nothing to choose."""
+        for token in () if self.is_finished else self._forced():
+            if not self.is_finished:
+                self._write(token, False, self._certain(token, detokenizer), detokenizer)
+
+    def _forced(self) -> Sequence[int]:
+        """Return the tokens that must come next, by the grammar of the answer."""
+        if self._grammar is None or self._state != "answer":
+            return ()
+        return self._grammar.forced()
+
+    def _certain(self, token: int, detokenizer: Detokenizer) -> Explanation | None:
+        if not self.request.n_alternatives:
+            return None
+        text = detokenizer.token_bytes(token).decode("utf-8", "replace")
+        return Explanation(1.0, 0.0, 1.0, 1.0, (Alternative(token, text, 1.0, 1.0),))
+
+    def _forbid(self, logits: Float32Array) -> None:
+        """Rule out what cannot come next, by the grammar of the answer, in (N, V) logits."""
+        thoughts, grammar = self._thoughts, self._grammar
+        if grammar is None or (thoughts is not None and (thoughts.state == "thought" or thoughts.holds)):
+            return
+        opening = () if thoughts is None or thoughts.state == "answer" else thoughts.opening
+        grammar.forbid(logits, opening)
+
+    def _is_plain(self, token: int, detokenizer: Detokenizer) -> bool:
+        """Tell whether a token, ordinary prompting's best, is to be written as that would."""
+        if self._thoughts is not None and self._state == "open":
+            return self._thoughts.may_open(token)
+        return self.request.protects_facts and self._facts.include(detokenizer.token_bytes(token))
+
+    def _write(
+        self, token: int, changed: bool, explanation: Explanation | None, detokenizer: Detokenizer
+    ) -> None:
+        self._written.append(token)
+        data, thoughts = detokenizer.token_bytes(token), self._thoughts
+        if thoughts is not None and thoughts.state != "answer":
+            is_of_mark = thoughts.may_open(token) or thoughts.has_thought
+            found = thoughts.push(token)
+            data = b"".join(said for kind, said in found if kind == "answer")
+            self.pieces.extend(
+                Piece(said.decode(), kind="thought") for k, said in found if k == "thought"
+            )
+            if self._state != "answer" or not data:
+                self._n_thought += 1
+            if is_of_mark and not data:
+                changed, explanation = False, None
+        self._facts.push(data)
+        is_whole = self._grammar is not None and data and self._grammar.push(token, data)
+        kind: Kind = "thought" if self._state == "thought" else "answer"
+        piece = Piece(self._text.push(data), token, changed, None, explanation, kind)
+        if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
+            return
+        if self._text.stopped or is_whole:
+            self.finish("stop", piece)
+        elif self._n_answer >= self.request.max_tokens:
+            self.finish("length", piece)
+        else:
+            self.pieces.append(piece)
+
+    @property
+    def _n_answer(self) -> int:
+        """Tokens written of the answer."""
+        has_thought = self._thoughts is not None and self._thoughts.has_thought
+        return self.n_tokens - self._n_thought if has_thought else self.n_tokens
+
+    def cut_thought(self, detokenizer: Detokenizer) -> bool:
+        """End a thought that is too long; return whether it was."""
+        rule, thoughts, limit = self.request.thoughts, self._thoughts, self.thought_limit
+        if rule is None or thoughts is None or limit is None:
+            return False
+        if thoughts.state != "thought" or self._n_thought < limit:
+            return False
+        for token in rule.ending:
+            self._write(token, False, None, detokenizer)
+        thoughts.settle()
+        return True
+
+    def finish(self, reason: FinishReason, last: Piece | None = None) -> None:
+        """End with a last piece, which gets all text that was held back."""
+        if not self.is_finished:
+            last = last or Piece("")
+            text = last.text
+            if self._thoughts is not None and self._thoughts.state != "answer":
+                for kind, said in self._thoughts.end():
+                    if kind == "thought":
+                        self.pieces.append(Piece(said.decode(), kind=kind))
+                    else:
+                        text += self._text.push(said)
+            text += self._text.push(b"", final=True)
+            self.pieces.append(replace(last, text=text, finish_reason=reason))
+            self.finish_reason = reason
+            self.finished_at = time.perf_counter()
+            is_whole = 0 < self.n_tokens == self._n_answer and not self._text.stopped
+            if self.request.on_end is not None and is_whole:
+                self.request.on_end(self._written)
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error, which is raised after the pieces produced so far."""
+        if not self.is_finished:
+            self.error = error
+            self.finished_at = time.perf_counter()
