@@ -60,6 +60,7 @@ class Options(TypedDict, total=False):
     placement: Placement
     system: str | None
     max_tokens: int
+    min_tokens: int
     stop: str | Iterable[str]
     temperature: float
     top_k: int
@@ -180,6 +181,9 @@ class Settings(Declared):
     )
     max_tokens: int = setting(
         512, "Length of the answer at most.", "whole", low=1, high=1_000_000, flag="-n"
+    )
+    min_tokens: int = setting(
+        0, "Length of the answer at least, unless a stop text ends it.", "whole", low=0, high=1_000_000
     )
     stop: tuple[str, ...] = setting((), "End before this text. Repeatable.", "texts", metavar="TEXT")
     temperature: float = setting(0.0, "0: always the best token; more: more varied.", low=0, high=100)

@@ -208,7 +208,7 @@ class AnswerStream(Iterator[Piece]):
     def usage(self) -> Usage:
         """So far."""
         generation = self._job.generation
-        return Usage(0, 0, 0) if generation is None else generation.usage
+        return Usage(0, 0, 0, 0) if generation is None else generation.usage
 
     @property
     def timings(self) -> Timings:

@@ -38,6 +38,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
     "placement": ("system", "system"),
     "system": ("Be brief.", "Be brief."),
     "max_tokens": (7, "7"),
+    "min_tokens": (3, "3"),
     "stop": (["END"], "END"),
     "temperature": (0.5, "0.5"),
     "top_k": (5, "5"),
@@ -164,7 +165,7 @@ def test_requests_to_the_server(name: str) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], name: SAMPLES[name][0]}
     if name == "system":  # that is a message
         return
-    changed = ChatRequest.model_validate_json(json.dumps(body)).changed()
+    changed = ChatRequest.model_validate_json(json.dumps(body)).changes()
     assert Settings(**changed) == expected(name)
 
 

@@ -236,6 +236,7 @@ def test_the_papers_settings() -> None:
         "placement": "system",
         "system": PAPER_SYSTEM,
         "max_tokens": 128,
+        "min_tokens": 0,
         "stop": (),
         "temperature": 0.0,
         "top_k": 0,

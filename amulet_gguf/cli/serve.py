@@ -50,10 +50,16 @@ from amulet_gguf.errors import SettingError
     type=click.IntRange(1, 1_000_000),
     default=4096,
     show_default=True,
-    help="Longest answer a request may ask for.",
+    help="Longest answer that a request gets.",
 )
 @click.option(
-    "--allow-host", multiple=True, metavar="NAME", help="Name the server may be called by. Repeatable."
+    "--strict-model", is_flag=True, help="Refuse requests that name another model than the served one."
+)
+@click.option(
+    "--allow-host",
+    multiple=True,
+    metavar="NAME",
+    help="Name the server may be called by, as *.localhost. Repeatable.",
 )
 @click.option(
     "--allow-origin",
@@ -68,6 +74,7 @@ def serve(
     parallel: int,
     queue: int,
     limit_tokens: int,
+    strict_model: bool,
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
     **options: Any,
@@ -82,9 +89,10 @@ def serve(
     """
     loading, settings = loading_from(options), settings_from(options)
     try:
-        from amulet_gguf.server.app import Served, create_app
+        from amulet_gguf.server.app import create_app
         from amulet_gguf.server.guard import Access
         from amulet_gguf.server.run import listen, make_server
+        from amulet_gguf.server.served import Served
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"{error.name} is missing: pip install 'amulet-gguf[server]'"
@@ -114,7 +122,7 @@ def serve(
         asked = str(loading.model or ".gguf")
         is_name = not asked.endswith(".gguf") and os.sep not in asked
         name = asked if is_name else path.stem.lower()
-        served = Served(service, name, settings, load_config(), limit_tokens, n_sequences)
+        served = Served(service, name, settings, load_config(), limit_tokens, n_sequences, strict_model)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}"
         import logging

@@ -47,12 +47,14 @@ class Usage:
 
     Attributes:
         prompt_tokens: of the longest branch.
+        cached_tokens: of those, what was in the cache and not read again.
         prefill_tokens: read before the answer, over all branches, a shared prefix counted once.
         completion_tokens: of the answer, thoughts included.
         thought_tokens: those before it, with the marks of thoughts.
     """
 
     prompt_tokens: int
+    cached_tokens: int
     prefill_tokens: int
     completion_tokens: int
     thought_tokens: int = 0

@@ -56,6 +56,7 @@ class Generation(Writing):
         self.n_shared = _shared_prefix(self.request.branches)  # left to read in the first branch alone
         self._is_split = self.n_shared == 0
         self._n_cached = [0] * self.n_branches
+        self._n_reused = 0
         self._count_prefill()
 
     def _count_prefill(self) -> None:
@@ -89,12 +90,14 @@ class Generation(Writing):
 
     def skip(self, n: int) -> None:
         """Leave out n tokens of the shared prefix, or of the only prompt: they are cached."""
+        self._n_reused = n
         self._has_read_first(n)
         self._count_prefill()
 
     def skip_each(self, counts: Sequence[int]) -> None:
         """Leave out so many tokens of each branch: they are cached. Nothing is shared."""
         self._n_cached = list(counts)
+        self._n_reused = max(counts)
         self.n_shared = 0
         self._is_split = True
         self._count_prefill()
@@ -227,7 +230,9 @@ class Generation(Writing):
     @property
     def usage(self) -> Usage:
         """So far."""
-        return Usage(self.n_prompt, self.n_read, self.n_tokens, self.n_tokens - self._n_answer)
+        return Usage(
+            self.n_prompt, self._n_reused, self.n_read, self.n_tokens, self.n_tokens - self._n_answer
+        )
 
     @property
     def timings(self) -> Timings:

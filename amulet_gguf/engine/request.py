@@ -80,6 +80,8 @@ class Request:
         mixture: of the branches.
         sampler: chooses the tokens; belongs to this generation alone.
         max_tokens: length of the answer at most, >= 1, thoughts not counted.
+        min_tokens: of the answer, before which `end_tokens` are not chosen.
+        end_tokens: (n,) int32, that end it.
         stop: stop strings, none of them empty.
         stop_tokens: that end the answer, too: control tokens, which have no text.
         reuse: begin from what is cached of the prompts, and leave what this one read and wrote cached.
@@ -96,6 +98,8 @@ class Request:
     mixture: Mixture
     sampler: Sampler
     max_tokens: int
+    min_tokens: int = 0
+    end_tokens: Tokens | None = None
     stop: Sequence[str] = ()
     stop_tokens: Collection[int] = ()
     reuse: bool = False

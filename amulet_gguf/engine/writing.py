@@ -15,6 +15,7 @@ from amulet_gguf.method.explanation import Alternative, Explanation, explain
 from amulet_gguf.method.facts import Facts
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.realign import argmax
+from amulet_gguf.method.sampling import FORBIDDEN
 from amulet_gguf.method.vocabulary import Detokenizer
 
 
@@ -123,7 +124,12 @@ class Writing:
         return Explanation(1.0, 0.0, 1.0, 1.0, (Alternative(token, text, 1.0, 1.0),))
 
     def _forbid(self, logits: Float32Array) -> None:
-        """Rule out what cannot come next, by the grammar of the answer, in (N, V) logits."""
+        """Rule out what cannot come next in (N, V) logits: ends that are too early, and what the
+        grammar of the answer says."""
+        request = self.request
+        is_early = self._n_answer < request.min_tokens and self._state != "thought"
+        if is_early and request.end_tokens is not None:
+            logits[:, request.end_tokens] = FORBIDDEN
         thoughts, grammar = self._thoughts, self._grammar
         if grammar is None or (thoughts is not None and (thoughts.state == "thought" or thoughts.holds)):
             return

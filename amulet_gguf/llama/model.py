@@ -235,6 +235,12 @@ class Model:
         """Tell whether a token ends an answer (end of text, end of turn, …)."""
         return bool(lib.llama_vocab_is_eog(self._vocab, token))
 
+    @functools.cached_property
+    def end_tokens(self) -> Tokens:
+        """The tokens that end an answer, (n,) int32, ascending."""
+        ends = [token for token in range(self.n_vocab) if self.ends_generation(token)]
+        return np.array(ends, np.int32)
+
     def token_text(self, token: int) -> str:
         """Return the vocabulary's own spelling of a token: "<|im_end|>", "Ġthe"."""
         self._check_token(token)

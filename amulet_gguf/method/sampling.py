@@ -25,7 +25,7 @@ from amulet_gguf.settings import Settings
 PLAIN: Final = Settings(repeat_penalty=1.0)
 _BAN: Final = -100.0  # a bias that rules a token out
 _BANNED: Final = -1e9  # its logit: no amplification brings it back, and plausibility judges others
-_FORBIDDEN: Final = -2e9  # the logit of what a grammar forbids: less than that of a banned token
+FORBIDDEN: Final = -2e9  #: the logit of what may not be written: less than that of a banned token
 RULED_OUT: Final = -1e8  # a logit below it is that of either
 _MAX_SCALE: Final = 1e30  # leaves the best tokens alone as surely as infinity, without its NaN
 _LOWEST: Final = np.finfo(np.float32).min  # below it there are only masked tokens
@@ -143,16 +143,17 @@ def forbid(logits: Float32Array, allowed: npt.NDArray[np.int32]) -> None:
     Args:
         allowed: (ceil(V / 32),) a bit for each token, the lowest first.
     """
-    n_vocab = logits.shape[1]
-    for word in range(allowed.size):
-        bits = allowed[word]
-        if bits == -1:
-            continue
-        start = word * 32
-        for v in range(start, min(start + 32, n_vocab)):
-            if not (bits >> (v - start)) & 1:
-                for row in range(logits.shape[0]):
-                    logits[row, v] = np.float32(_FORBIDDEN)
+    for row in range(logits.shape[0]):
+        values = logits[row]
+        for word in range(allowed.size):
+            bits = allowed[word]
+            block = values[word * 32 : word * 32 + 32]
+            if bits == 0:
+                block[:] = np.float32(FORBIDDEN)
+            elif bits != -1:
+                for v in range(block.size):
+                    if not (bits >> np.int32(v)) & np.int32(1):
+                        block[v] = np.float32(FORBIDDEN)
 
 
 @kernel(fastmath={"reassoc", "contract", "nsz"})

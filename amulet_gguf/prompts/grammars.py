@@ -140,7 +140,7 @@ class _Tokenizer:
         self._model = model
         self.tokens = [model.token_bytes(token) for token in range(model.n_vocab)]
         self.special_token_ids = [token for token, data in enumerate(self.tokens) if not data]
-        self.ends = [token for token in self.special_token_ids if model.ends_generation(token)]
+        self.ends = model.end_tokens.tolist()
         self.eos_token_id = model.eos
 
     def __call__(self, text: bytes) -> list[int]:

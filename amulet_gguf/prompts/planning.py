@@ -126,6 +126,8 @@ class Planner:
             mixture=self._mixture(settings, needed),
             sampler=Sampler(settings, self._model),
             max_tokens=settings.max_tokens,
+            min_tokens=settings.min_tokens,
+            end_tokens=self._model.end_tokens if settings.min_tokens else None,
             stop=settings.stop,
             stop_tokens=self._named(settings.stop),
             reuse=reuse,
