@@ -15,9 +15,10 @@ import threading
 import time
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.server.app import Served, create_app
+from amulet_gguf.server.app import create_app
 from amulet_gguf.server.guard import Access
 from amulet_gguf.server.run import listen, make_server
+from amulet_gguf.server.served import Served
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.settings import Settings
 

@@ -31,27 +31,37 @@ class RequestError(Exception):
         message: one line.
         code: for programs, or None.
         param: the field at fault, or None.
+        more: numbers for programs.
     """
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        more: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
+        self.more = dict(more or {})
 
     @classmethod
     def of(cls, error: AmuletError) -> RequestError:
         """Return what to tell a client of an error of the package."""
         message = str(error)
         if isinstance(error, PromptTooLongError):
+            # Libraries that cut conversations look for the beginning of this sentence.
             message = (
-                f"the prompt has {error.n_prompt} tokens and the context holds {error.n_ctx}, one of "
-                "them for the answer: shorten the messages"
+                f"This model's maximum context length is {error.n_ctx} tokens, one of them for the "
+                f"answer. However, your messages resulted in {error.n_prompt} tokens: shorten them."
             )
-            return cls(400, message, code="context_length_exceeded", param="messages")
+            more = {"n_prompt_tokens": error.n_prompt, "n_ctx": error.n_ctx}
+            return cls(400, message, code="context_length_exceeded", param="messages", more=more)
         if isinstance(error, SettingError):
             return cls(400, message, code="invalid_value", param=error.field)
         if isinstance(error.__cause__, OSError):  # a disk, not a request
@@ -67,8 +77,12 @@ class RequestError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        if self.status == 401:
+            kind = "authentication_error"
+        elif "n_ctx" in self.more:
+            kind = "exceed_context_size_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        return {"error": {**error, **self.more}}
 
     @property
     def response(self) -> Response:

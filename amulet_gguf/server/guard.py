@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -96,10 +97,20 @@ class Guard:
                 self._check(scope)
                 body = await _read(Headers(scope=scope), receive)
             except RequestError as error:
-                await error.response(scope, receive, watched)
+                if error.status == 403:
+                    logger.warning("refused: %s", error.message)
+                response = error.response
+                origin = Headers(scope=scope).get("origin")
+                if error.status == 403 and origin is not None:  # its page may read why, and no more
+                    response.headers["access-control-allow-origin"] = origin
+                await response(scope, receive, watched)
             else:
-                # Bodies are JSON, whatever a client forgets to say.
-                heads = [head for head in scope["headers"] if head[0] != b"content-type"]
+                # Bodies are JSON, whatever a client forgets to say, and were unpacked.
+                heads = [
+                    head
+                    for head in scope["headers"]
+                    if head[0] not in (b"content-type", b"content-encoding", b"content-length")
+                ]
                 inner = {**scope, "headers": [*heads, (b"content-type", b"application/json")]}
                 await self._app(inner, _replay(body, receive), watched)
         except Exception as error:
@@ -121,18 +132,20 @@ class Guard:
             raise RequestError(431, f"the headers are longer than {MAX_HEADERS} bytes")
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_ours(hosts[0]):
-            raise RequestError(403, "this server is not called by that name: see --allow-host")
+            name = hosts[0][:100] if hosts else ""
+            message = f"this server is not called {name!r}: start it with --allow-host NAME to allow it"
+            raise RequestError(403, message, code="host_not_allowed")
         origin = headers.get("origin")
         is_allowed = origin in self._access.allow_origins
         if origin is not None and not is_allowed and _host_of(origin) != hosts[0].lower():
-            raise RequestError(403, "pages of other origins may not ask: see --allow-origin")
+            raise _foreign(origin)
         is_link = scope["path"] == "/" and scope["method"] == "GET"
         is_foreign = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if origin is None and is_foreign and not is_link:
-            raise RequestError(403, "pages of other origins may not ask: see --allow-origin")
+            raise _foreign("another origin")
         is_preflight = is_allowed and scope["method"] == "OPTIONS"
         if scope["path"] not in _OPEN_PATHS and not is_preflight:
-            self._check_key(headers.get("authorization", ""))
+            self._check_key(headers)
 
     def _is_ours(self, host: str) -> bool:
         try:
@@ -140,6 +153,8 @@ class Guard:
         except ValueError:
             return False
         if name in self._names or is_loopback(name):
+            return True
+        if any(name.endswith(each[1:]) for each in self._names if each.startswith("*.")):
             return True
         if is_loopback(self._access.host):
             return False
@@ -149,15 +164,23 @@ class Guard:
             return False
         return True
 
-    def _check_key(self, authorization: str) -> None:
+    def _check_key(self, headers: Headers) -> None:
         if self._access.api_key is None:
             return
-        scheme, _, key = authorization.partition(" ")
-        expected = self._access.api_key.encode()
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")
         given = key.strip().encode("latin-1", "replace")
-        if not hmac.compare_digest(given, expected) or scheme.lower() != "bearer":
+        if not hmac.compare_digest(given, self._access.api_key.encode()):
             message = "a key is needed: send it as Authorization: Bearer KEY"
             raise RequestError(401, message, code="invalid_api_key")
+
+
+def _foreign(origin: str) -> RequestError:
+    message = (
+        f"pages of {origin[:100]!r} may not ask: start the server with --allow-origin URL to let them"
+    )
+    return RequestError(403, message, code="origin_not_allowed")
 
 
 def _host_of(origin: str) -> str | None:
@@ -178,8 +201,12 @@ async def _read(headers: Headers, receive: Receive) -> bytes:
     is_too_large = not length.isdigit() or len(length) > 18 or int(length) > MAX_BODY
     if is_too_large and "expect" in headers:  # it has not been sent yet
         raise RequestError(413, f"the body is larger than {MAX_BODY} bytes")
+    encoding = headers.get("content-encoding", "identity").lower()
+    if encoding not in ("identity", "gzip"):
+        raise RequestError(415, f"the body is encoded as {encoding[:20]!r}: send it plain, or as gzip")
     try:
-        return await asyncio.wait_for(_read_all(receive), BODY_SECONDS)
+        body = await asyncio.wait_for(_read_all(receive), BODY_SECONDS)
+        return body if encoding == "identity" else _unpacked(body)
     except (TimeoutError, asyncio.TimeoutError):
         raise RequestError(408, f"the body did not come in {BODY_SECONDS:g} seconds") from None
 
@@ -201,6 +228,19 @@ async def _read_all(receive: Receive) -> bytes:
     if size > MAX_BODY:
         raise RequestError(413, f"the body is larger than {MAX_BODY} bytes")
     return b"".join(parts)
+
+
+def _unpacked(body: bytes) -> bytes:
+    unpacking = zlib.decompressobj(wbits=31)
+    try:
+        data = unpacking.decompress(body, MAX_BODY + 1)
+    except zlib.error:
+        raise RequestError(400, "the body is not gzip, though its head says so") from None
+    if len(data) > MAX_BODY:
+        raise RequestError(413, f"the body is larger than {MAX_BODY} bytes when unpacked")
+    if not unpacking.eof:
+        raise RequestError(400, "the body ends in the middle of its gzip")
+    return data
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

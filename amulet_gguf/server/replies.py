@@ -9,14 +9,19 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Final
 
-from amulet_gguf.engine.answer import Answer, Piece, Usage
+from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
 from amulet_gguf.method.explanation import Explanation
+from amulet_gguf.server.errors import RequestError
+from amulet_gguf.stream import AnswerStream
 
 #: Reported, as OpenAI does, where a probability is too small to have a logarithm.
 _LEAST: Final = -9999.0
 _REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "stop"}
+#: Of what computes the answers.
+FINGERPRINT: Final = f"b{version('llama-cpp-python')}-amulet-{version('amulet-gguf')}"
 DONE: Final = b"data: [DONE]\n\n"
 
 
@@ -34,14 +39,32 @@ def usage_of(usages: Iterable[Usage], n: int) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in found[::n])},
     }
     if thought := sum(usage.thought_tokens for usage in found):
         counts["completion_tokens_details"] = {"reasoning_tokens": thought}
     return counts
 
 
+def timings_of(usage: Usage, timings: Timings) -> dict[str, Any]:
+    """Return times as llama.cpp's server tells them."""
+    n_read, n_written = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
+    read, written = 1000 * timings.prefill, 1000 * timings.decode
+    return {
+        "cache_n": usage.cached_tokens,
+        "prompt_n": n_read,
+        "prompt_ms": read,
+        "prompt_per_token_ms": read / max(1, n_read),
+        "prompt_per_second": 1000 * n_read / read if read > 0 else 0.0,
+        "predicted_n": n_written,
+        "predicted_ms": written,
+        "predicted_per_token_ms": written / max(1, n_written),
+        "predicted_per_second": timings.tokens_per_second,
+    }
+
+
 @dataclass
-class Reply:
+class OpenAIReply:
     """The answer to one request, in either of OpenAI's forms.
 
     Probabilities of tokens are those after realignment, before sampling filters and penalties.
@@ -54,6 +77,7 @@ class Reply:
             probabilities at all, not even of that one.
         explain: add what realignment did to each token.
         n: answers to each prompt.
+        has_usage: a stream ends with its counts.
     """
 
     model: str
@@ -62,11 +86,16 @@ class Reply:
     n_logprobs: int | None = None
     explain: bool = False
     n: int = 1
+    has_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(16)
         self._offsets: dict[int, int] = {}  # of the text so far, by choice
+
+    @property
+    def media_type(self) -> str:
+        return "text/event-stream"
 
     @property
     def n_alternatives(self) -> int:
@@ -97,11 +126,13 @@ class Reply:
                 ]
             choices.append(choice)
         usage = usage_of((answer.usage for answer in answers), self.n)
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+        timings = timings_of(answers[0].usage, answers[0].timings)
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage, "timings": timings}
 
-    def opening(self, index: int) -> bytes:
-        """Return the event that begins a choice."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None)
+    def opening(self, n: int) -> Iterable[bytes]:
+        """Yield the events that begin each choice."""
+        for index in range(n if self.is_chat else 0):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, None)
 
     def events(self, index: int, piece: Piece) -> Iterable[bytes]:
         """Yield the events of a piece: of its text or token, and of its end."""
@@ -113,10 +144,18 @@ class Reply:
         if piece.finish_reason is not None:
             yield self._chunk(index, {}, _REASONS[piece.finish_reason])
 
-    def usage(self, usages: Iterable[Usage]) -> bytes:
-        """Return the event that ends a stream with its counts."""
-        head = self._head("chat.completion.chunk")
-        return event({**head, "choices": [], "usage": usage_of(usages, self.n)})
+    def closing(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
+        """Yield the events that end a stream."""
+        if self.has_usage:
+            usage = usage_of((stream.usage for stream in streams), self.n)
+            timings = timings_of(streams[0].usage, streams[0].timings)
+            head = self._head("chat.completion.chunk")
+            yield event({**head, "choices": [], "usage": usage, "timings": timings})
+        yield DONE
+
+    def failed(self, error: RequestError) -> Iterable[bytes]:
+        """Yield the event of a stream that breaks off."""
+        yield event(error.body)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -124,6 +163,7 @@ class Reply:
             "object": kind if self.is_chat else "text_completion",
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": FINGERPRINT,
         }
 
     def _chunk(

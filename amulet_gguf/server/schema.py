@@ -1,115 +1,105 @@
-"""What may be asked: OpenAI's requests with this project's fields, as pydantic models."""
+"""What may be asked in OpenAI's words: completions and chat completions, with this project's fields."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from amulet_gguf.prompts.messages import THOUGHT
+from amulet_gguf.server.asked import MAX_ANSWERS, Asked, changes_in
 from amulet_gguf.server.errors import RequestError
-from amulet_gguf.settings import SETTINGS
-
-#: Answers that one request may ask for.
-MAX_ANSWERS: Final = 16
-
-# Fields of OpenAI's that mean nothing here, so that it does no harm to ignore them.
-_IGNORED: Final = frozenset({
-    "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key",
-    "prompt_cache_retention", "safety_identifier", "verbosity",
-})  # fmt: skip
-# Fields that would change the answer: only the value that does not is taken.
-_UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-}
-#: What other programs call some of them.
-_ALIASES: Final = {
-    "negative_prompt": "avoid",
-    "guidance_scale": "strength",
-    "chat_template_kwargs": "template_args",
-}
-#: Settings that a request may have; a system prompt is one of its messages.
-_SETTINGS: Final = tuple(name for name in SETTINGS if name != "system")
 
 
-class _Asked(BaseModel):
+def _whole(value: Any) -> Any:
+    """4.0 is how some programs spell whole numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+class Open(BaseModel):
+    """A request of which not all fields are named: others are settings, or looked at one by one."""
+
     model_config = ConfigDict(strict=True, extra="allow")
 
+    def changes(self) -> dict[str, Any]:
+        """Return the fields of `Settings` that were given; errors as `changes_in`."""
+        return changes_in(self.model_extra or {}, type(self).model_fields)
 
-class TextPart(_Asked):
+
+class TextPart(Open):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Asked):
-    role: Literal["system", "developer", "user", "assistant"]
+class ChatMessage(Open):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
 
 
-class StreamOptions(_Asked):
+class StreamOptions(Open):
     include_usage: bool | None = None
 
 
-class _Request(_Asked):
+class ResponseFormat(Open):
+    """What form the answer is to have; llama.cpp takes `schema` beside `json_object`, too."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+    @property
+    def schema_(self) -> Any:
+        """The JSON schema, or None.
+
+        Raises:
+            RequestError: there is none where one is needed.
+        """
+        if self.type == "text":
+            return None
+        extra = self.model_extra or {}
+        described = self.json_schema or {}
+        schema = described.get("schema", extra.get("schema"))
+        if schema is None and self.type == "json_schema":
+            where = "response_format.json_schema.schema"
+            raise RequestError(400, f"{where} is missing", code="invalid_value", param=where)
+        return {"type": "object"} if schema is None else schema
+
+
+class _Request(Open):
     """What both kinds of request have, beside the fields of `amulet_gguf.settings.Settings`."""
 
     model: str | None = None
-    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
+    n: Whole | None = Field(None, ge=1, le=MAX_ANSWERS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     profile: str | None = None
     adjustable: bool | None = None
     explain: bool | None = None
 
-    def changed(self) -> dict[str, Any]:
-        """Return the fields of `Settings` that were given.
+    def changes(self) -> dict[str, Any]:
+        changes = super().changes()
+        schema = None if self.response_format is None else self.response_format.schema_
+        if schema is not None:
+            changes["schema"] = schema
+        return changes
 
-        Raises:
-            RequestError: a field that is not known or not possible here.
-        """
-        self._check_others()
-        extra = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
-        for alias, name in _ALIASES.items():
-            if alias in extra and name in extra:
-                raise RequestError(400, f"{alias} and {name} are the same: send one", param=alias)
-            if alias in extra:
-                extra[name] = extra.pop(alias)
-        return {name: extra[name] for name in _SETTINGS if name in extra}
-
-    def _check_others(self) -> None:
-        for name, value in (self.model_extra or {}).items():
-            if (
-                name in _SETTINGS
-                or name in _ALIASES
-                or name in _IGNORED
-                or (name in _UNSUPPORTED and value is None)
-            ):
-                continue
-            if name not in _UNSUPPORTED:
-                known = (*type(self).model_fields, *_SETTINGS)
-                near = difflib.get_close_matches(name, known, n=1)
-                cure = f"; did you mean {near[0]}?" if near else ""
-                message = f"unknown field {name[:64]!r}{cure}"
-                raise RequestError(400, message, code="unknown_parameter", param=name[:64])
-            if value not in _UNSUPPORTED[name]:
-                message = f"{name} is not supported by this server"
-                raise RequestError(400, message, code="unsupported_parameter", param=name)
+    def common(self) -> dict[str, Any]:
+        """Return what of `Asked` both kinds have."""
+        return {
+            "changes": self.changes(),
+            "model": self.model,
+            "profile": self.profile,
+            "n": self.n or 1,
+            "is_adjustable": bool(self.adjustable),
+        }
 
 
-class Prediction(_Asked):
+class Prediction(Open):
     """What the answer may be much like: an earlier one, or a text that it is to change a little."""
 
     type: Literal["content"]
@@ -120,27 +110,32 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     prediction: Prediction | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
 
-    def changed(self) -> dict[str, Any]:
-        given = super().changed()
+    def changes(self) -> dict[str, Any]:
+        changes = super().changes()
         if self.max_completion_tokens is not None:
-            given["max_tokens"] = self.max_completion_tokens
-            given.setdefault("think_tokens", self.max_completion_tokens)
+            most = None if self.max_completion_tokens == -1 else self.max_completion_tokens
+            changes["max_tokens"] = most
+            changes.setdefault("think_tokens", most)
         if self.reasoning_effort in ("none", "minimal"):
-            given.setdefault("think", False)
+            changes.setdefault("think", False)
         elif self.reasoning_effort is not None:
-            given.setdefault("think_effort", self.reasoning_effort.removeprefix("x"))
-        return given
+            changes.setdefault("think_effort", self.reasoning_effort.removeprefix("x"))
+        return changes
 
-    @property
-    def draft(self) -> str | None:
-        """The prediction as a text."""
-        return None if self.prediction is None else _text(self.prediction.content)
+    def asked(self) -> Asked:
+        """Return what is asked for.
+
+        Raises:
+            RequestError: a field that is not known or not possible here.
+        """
+        draft = None if self.prediction is None else text_of(self.prediction.content)
+        return Asked(**self.common(), messages=conversation(self.messages), draft=draft)
 
     @property
     def n_logprobs(self) -> int | None:
@@ -148,7 +143,8 @@ class ChatRequest(_Request):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def _text(content: str | Sequence[TextPart]) -> str:
+def text_of(content: str | Sequence[TextPart]) -> str:
+    """Return the text of a content."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
@@ -166,7 +162,7 @@ def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
         if message.content is None and message.role != "assistant":
             raise RequestError(400, f"a message of the {message.role} needs content", param="messages")
         role = "system" if message.role == "developer" else message.role
-        known = {"role": role, "content": _text(message.content or "")}
+        known = {"role": role, "content": text_of(message.content or "")}
         if isinstance(extra.get(THOUGHT), str):
             known[THOUGHT] = extra[THOUGHT]
         found.append(known)
@@ -177,10 +173,12 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: str | list[str]
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: Whole | None = Field(None, ge=0, le=5)
 
-    def prompts(self) -> Sequence[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def asked(self) -> Asked:
+        """Return what is asked for; errors as `ChatRequest.asked`."""
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return Asked(**self.common(), texts=texts)
 
     @property
     def n_logprobs(self) -> int | None:

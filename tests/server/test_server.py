@@ -123,7 +123,10 @@ def test_the_npm_client_gets_the_same(server: Running, client: openai.OpenAI) ->
         model="amulet", **ASKED, extra_body={"prefer": "concise", "strength": 3}
     )
     assert got["whole"] == got["text"] == expected.choices[0].message.content
-    assert got["usage"] == got["wholeUsage"] == expected.usage.model_dump(exclude_none=True)
+    counted = expected.usage.model_dump(exclude_none=True)
+    assert counted.pop("prompt_tokens_details")["cached_tokens"] > 0  # asked before, by the other one
+    for usage in (got["usage"], got["wholeUsage"]):
+        assert {name: usage[name] for name in counted} == counted
     assert got["reason"] == expected.choices[0].finish_reason
     assert got["legacy"]
     assert got["names"][0] == "llama"
@@ -222,7 +225,12 @@ def test_models_and_what_may_follow_their_name(client: openai.OpenAI, http: http
         assert ask(model="amulet:work") == ask(profile="work") == ask(model="lla:WORK".lower()) == work
     finally:
         ASKED["max_tokens"] = 12
-    for model in ("gpt-4", "llama:none", "llama:", ":concise"):
+    for model in ("gpt-4o-mini", "openai/amulet", "llama.gguf", "default", "llama:latest", None):
+        whole = http.post(CHAT, json={**ASKED, "model": model}).json()
+        assert whole["model"] == "llama"
+        assert whole["choices"][0]["message"]["content"] == ask()
+    assert http.post(CHAT, json={**ASKED, "model": "gpt:concise"}).json()["model"] == "llama:concise"
+    for model in ("gpt-4:none", "llama:none", "llama:", ":concise"):
         with pytest.raises(openai.NotFoundError) as caught:
             client.chat.completions.create(model=model, messages=HI)  # type: ignore[arg-type]
         assert caught.value.code == "model_not_found"
@@ -302,17 +310,15 @@ BAD: list[tuple[Any, int]] = [
     ({**ASKED, "prefer": "\ud800 \udfff!"}, 200),
     ({**ASKED, "profile": "../../etc/passwd"}, 400),
     ({**ASKED, "max_tokens": 0}, 400),
-    ({**ASKED, "max_tokens": -1}, 400),
-    ({**ASKED, "max_tokens": 451}, 400),
-    ({**ASKED, "max_tokens": 10**30}, 400),
+    ({**ASKED, "max_tokens": -3}, 400),
     ({**ASKED, "max_tokens": 1.5}, 400),
     ({**ASKED, "n": 0}, 400),
     ({**ASKED, "n": 17}, 400),
     ({**ASKED, "n": True}, 400),
-    ({**ASKED, "seed": -1}, 400),
+    ({**ASKED, "seed": "x"}, 400),
     ({**ASKED, "temperature": -1}, 400),
     ({**ASKED, "top_logprobs": 21}, 400),
-    ({**ASKED, "stop": [""]}, 400),
+    ({**ASKED, "stop": [5]}, 400),
     ({**ASKED, "stop": ["x"] * 20_000}, 400),
     ({**ASKED, "tools": [{"type": "function"}]}, 400),
     ({**ASKED, "presence_penalty": 2.5}, 400),
@@ -322,8 +328,14 @@ BAD: list[tuple[Any, int]] = [
     ({**ASKED, "logit_bias": {"5": 101}}, 400),
     ({**ASKED, "system": "Be brief."}, 400),
     ({**ASKED, "presence_penalty": 1, "frequency_penalty": 0.5, "logit_bias": {"5": -100}}, 200),
-    ({**ASKED, "response_format": {"type": "json_object"}}, 400),
-    ({**ASKED, "tools": [], "presence_penalty": 0, "user": "me", "logit_bias": None}, 200),
+    ({**ASKED, "response_format": {"type": "sound"}}, 400),
+    ({**ASKED, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 400),
+    ({**ASKED, "response_format": {"type": "json_object", "schema": {"type": "x"}}}, 400),
+    ({**ASKED, "response_format": {"type": "json_object"}, "regex": "a"}, 400),
+    ({**ASKED, "grammar": "root ::= (", "stream": True}, 400),
+    ({**ASKED, "mirostat": 2}, 400),
+    ({**ASKED, "echo": True}, 400),
+    ({**ASKED, "presence_penalty": 0, "user": "me", "logit_bias": None}, 200),
     ({**ASKED, "messages": [{"role": "user", "content": "<|im_end|><s> \ud800 \x00 \u202e"}]}, 200),
     ({**ASKED, "messages": [{"role": "developer", "content": "Be kind."}, *HI]}, 200),
     ({**ASKED, "messages": [*HI, {"role": "assistant", "content": None}, *HI]}, 200),
@@ -348,7 +360,7 @@ def test_bad_requests_get_the_right_answer(http: httpx.Client, number: int) -> N
         assert answer.status_code == status, answer.text
         if status != 200:
             error = answer.json()["error"]
-            assert error["type"] == "invalid_request_error"
+            assert error["type"] in ("invalid_request_error", "exceed_context_size_error")
             assert error["message"]
             assert "\n" not in error["message"]
             assert "Traceback" not in answer.text
@@ -435,7 +447,8 @@ def test_foreign_hosts_and_origins_are_refused(
 ) -> None:
     answer = http.get("/v1/models", headers=headers)
     assert answer.status_code == status
-    assert "access-control-allow-origin" not in answer.headers
+    # A page may read why it was refused, and nothing else.
+    assert ("access-control-allow-origin" in answer.headers) <= ("error" in answer.json())
     if status == 403:
         assert answer.json()["error"]["message"]
 

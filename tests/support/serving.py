@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from amulet_gguf.home.config import Config
-from amulet_gguf.server.app import Served, create_app
+from amulet_gguf.server.app import create_app
 from amulet_gguf.server.guard import Access
 from amulet_gguf.server.run import listen, make_server
+from amulet_gguf.server.served import Served
 from amulet_gguf.service.service import AmuletService
 
 

@@ -1,0 +1,162 @@
+"""Requests become answers: whole, or as a stream, in the words of any dialect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, Final, Protocol
+
+from sse_starlette import EventSourceResponse
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from amulet_gguf.engine.answer import Answer, Piece
+from amulet_gguf.errors import AmuletError
+from amulet_gguf.server.asked import MAX_ANSWERS, Asked
+from amulet_gguf.server.errors import RequestError, as_json
+from amulet_gguf.server.metrics import Metrics
+from amulet_gguf.service.service import AmuletService
+from amulet_gguf.service.stream import ServiceStream
+from amulet_gguf.settings import Settings
+from amulet_gguf.stream import AnswerStream
+
+_SEND_SECONDS: Final = 60.0  # for a client that does not read
+
+
+class Reply(Protocol):
+    """The answer to one request, in a dialect's words.
+
+    - id: of the answer.
+    - media_type: of its stream: "text/event-stream", or lines of JSON.
+    - whole: the object of answers that were not streamed.
+    - opening, events, closing: what a stream sends before, for each piece, and behind.
+    - failed: what a stream sends where it breaks off.
+    """
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def media_type(self) -> str: ...
+    def whole(self, answers: Sequence[Answer]) -> Any: ...
+    def opening(self, n: int) -> Iterable[bytes]: ...
+    def events(self, index: int, piece: Piece) -> Iterable[bytes]: ...
+    def closing(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]: ...
+    def failed(self, error: RequestError) -> Iterable[bytes]: ...
+
+
+class Answering:
+    """Asks a service, and hands what it writes to whoever asked.
+
+    Attributes:
+        live: streams under way, by the id of their answer.
+    """
+
+    def __init__(self, service: AmuletService, metrics: Metrics) -> None:
+        self._service = service
+        self._metrics = metrics
+        self.live: dict[str, Sequence[ServiceStream]] = {}
+
+    async def answer(
+        self, asked: Asked, settings: Settings, reply: Reply, request: Request, *, is_streamed: bool
+    ) -> Response:
+        """Return the response to a request.
+
+        Raises:
+            RequestError, AmuletError: it is not possible, or failed before its first byte.
+        """
+        n_prompts = 1 if asked.messages is not None else len(asked.texts)
+        if not 1 <= n_prompts * asked.n <= MAX_ANSWERS:
+            message = f"one request may ask for 1 to {MAX_ANSWERS} answers"
+            raise RequestError(400, message, code="invalid_value", param="n")
+        streams: list[ServiceStream] = []
+        try:
+            self._ask(asked, settings, streams)
+            for stream in streams:
+                await stream.accepted()
+            if is_streamed:
+                events = self._events(reply, streams)
+                if reply.media_type != "text/event-stream":
+                    return StreamingResponse(events, media_type=reply.media_type)
+                return EventSourceResponse(events, send_timeout=_SEND_SECONDS)
+            answers = await self._collect(streams, request)
+        except BaseException:
+            for stream in streams:
+                stream.cancel()
+            raise
+        return as_json(reply.whole(answers))
+
+    def _ask(self, asked: Asked, settings: Settings, streams: list[ServiceStream]) -> None:
+        """Ask for all answers; those that were asked for stand in `streams`, whatever happens."""
+        prompts: list[dict[str, Any]] = [{"text": text} for text in asked.texts]
+        if asked.messages is not None:
+            prompts = [{"messages": asked.messages, "draft": asked.draft}]
+        for prompt in prompts:
+            for i in range(asked.n):
+                seed = None if settings.seed is None else (settings.seed + i) % 2**64
+                stream = self._service.stream(
+                    settings=settings.replace(seed=seed),
+                    is_adjustable=asked.is_adjustable,
+                    n_alternatives=asked.n_alternatives,
+                    **prompt,
+                )
+                streams.append(stream)
+
+    async def _collect(self, streams: Sequence[ServiceStream], request: Request) -> list[Answer]:
+        """Wait for whole answers, unless the client goes away."""
+
+        async def watch() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            for stream in streams:
+                stream.cancel()
+
+        watching = asyncio.create_task(watch())
+        try:
+            return list(await asyncio.gather(*(stream.answer_async() for stream in streams)))
+        finally:
+            watching.cancel()
+            self._count(streams)
+
+    async def _events(self, reply: Reply, streams: Sequence[ServiceStream]) -> AsyncIterator[bytes]:
+        self.live[reply.id] = streams
+        try:
+            for each in reply.opening(len(streams)):
+                yield each
+            async for index, piece in _merged(streams):
+                for each in reply.events(index, piece):
+                    yield each
+            for each in reply.closing(streams):
+                yield each
+        except AmuletError as error:
+            for each in reply.failed(RequestError.of(error)):
+                yield each
+        finally:
+            del self.live[reply.id]
+            for stream in streams:
+                stream.cancel()
+            self._count(streams)
+
+    def _count(self, streams: Sequence[ServiceStream]) -> None:
+        for stream in streams:
+            self._metrics.count_answer(stream.usage, stream.timings)
+
+
+async def _merged(streams: Sequence[ServiceStream]) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield the pieces of several answers as they come, each with its answer's number."""
+    if len(streams) == 1:  # without the cost of a task
+        async for piece in streams[0]:
+            yield 0, piece
+        return
+    next_ones = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
+    try:
+        while next_ones:
+            done, _ = await asyncio.wait(next_ones, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = next_ones.pop(task)
+                found = task.result()
+                if found is not None:
+                    next_ones[asyncio.ensure_future(anext(streams[index], None))] = index
+                    yield index, found
+    finally:
+        for task in next_ones:
+            task.cancel()

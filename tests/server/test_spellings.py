@@ -1,0 +1,254 @@
+"""Requests as clients spell them: accepted with their usual meaning, or refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pydantic
+import pytest
+from fixture_types import Tiny
+from serving import Running, is_free, serving, until
+
+from amulet_gguf.server.asked import _IGNORED, _NEUTRAL
+from amulet_gguf.server.guard import MAX_BODY, Access
+
+CHAT = "/v1/chat/completions"
+HI = [{"role": "user", "content": "How are you?"}]
+ASKED: dict[str, Any] = {"messages": HI, "max_tokens": 8, "seed": 3, "temperature": 0.8}
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Tiny) -> Iterator[Running]:
+    access = Access(allow_hosts=("*.localhost",), allow_origins=("http://app.example",))
+    with serving(tiny("llama"), access, max_tokens=40) as running:
+        yield running
+
+
+@pytest.fixture
+def http(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+    until(lambda: is_free(server.service))
+
+
+def ask(http: httpx.Client, **more: Any) -> dict[str, Any]:
+    answer = http.post(CHAT, json={**ASKED, **more})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def text(http: httpx.Client, **more: Any) -> str:
+    return str(ask(http, **more)["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize(
+    ("spelt", "meant"),
+    [
+        ({"max_tokens": 8.0, "seed": 3.0, "top_k": 4.0}, {"top_k": 4}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_p": 0}, {"temperature": 0}),
+        ({"stop": ""}, {}),
+        ({"stop": [""]}, {}),
+        ({"stop": None, "n": None, "logprobs": None, "tools": None, "response_format": None}, {}),
+        ({"response_format": {"type": "text"}}, {}),
+        ({"repetition_penalty": 1.4}, {"repeat_penalty": 1.4}),
+        ({"n_predict": 3, "max_tokens": None}, {"max_tokens": 3}),
+        ({"max_completion_tokens": 3, "max_tokens": None}, {"max_tokens": 3}),
+        ({"seed": -5}, {"seed": 2**64 - 5}),
+        ({"logit_bias": [[40, False], [41, -3]]}, {"logit_bias": {"40": -100, "41": -3}}),
+        ({"guided_regex": "[a-c]{3}"}, {"regex": "[a-c]{3}"}),
+        ({"json_schema": {"const": "42"}}, {"schema": {"const": "42"}}),
+    ],
+)
+def test_a_spelling_means_what_it_means_elsewhere(
+    http: httpx.Client, spelt: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    assert text(http, **spelt) == text(http, **meant)
+
+
+@pytest.mark.parametrize("most", [-1, 41, 10**30, 4000.0])
+def test_too_long_an_answer_is_cut_where_the_limit_is(http: httpx.Client, most: float) -> None:
+    whole = ask(http, max_tokens=most, ignore_eos=True)
+    assert whole["usage"]["completion_tokens"] == 40
+    assert whole["choices"][0]["finish_reason"] == "length"
+    models = http.get("/v1/models").json()
+    assert models["data"][0]["amulet"]["max_tokens"] == 40
+    assert models["data"][0]["max_model_len"] == 512
+
+
+def test_ends_that_are_too_early_are_not_chosen(http: httpx.Client) -> None:
+    lengths = [ask(http, seed=i, max_tokens=30, temperature=1.5)["usage"] for i in range(12)]
+    assert any(usage["completion_tokens"] < 20 for usage in lengths)
+    for i in range(12):
+        whole = ask(http, seed=i, max_tokens=30, temperature=1.5, min_tokens=20)
+        assert whole["usage"]["completion_tokens"] >= 20
+    assert ask(http, seed=1, temperature=1.5, min_tokens=500)["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize("name", sorted(_NEUTRAL))
+def test_values_that_change_nothing_pass_and_others_are_refused_by_name(
+    http: httpx.Client, name: str
+) -> None:
+    for value in _NEUTRAL[name]:
+        assert text(http, **{name: value}) == text(http)
+    answer = http.post(CHAT, json={**ASKED, name: "something"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == name
+
+
+def test_what_means_nothing_here_is_passed_over(http: httpx.Client) -> None:
+    assert text(http, **dict.fromkeys(_IGNORED, "whatever")) == text(http)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/chat/completions",
+        "/v1/chat/completions/",
+        "/chat/completions/",
+        "/completions",
+        "/v1/completions/",
+    ],
+)
+def test_paths_with_and_without_what_clients_add(http: httpx.Client, path: str) -> None:
+    body = ASKED if "chat" in path else {"prompt": "Once", "max_tokens": 3}
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200
+    assert answer.json()["choices"]
+
+
+def test_heads_and_options(http: httpx.Client) -> None:
+    for path in ("/", "/health", "/v1/models", "/models/", "/v1/models/llama"):
+        head = http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == http.get(path).headers["content-type"]
+    assert http.head("/nothing").status_code == 404
+    options = http.options(CHAT)
+    assert options.status_code == 204
+    assert "POST" in options.headers["allow"]
+
+
+def test_bodies_in_gzip(http: httpx.Client) -> None:
+    packed = gzip.compress(json.dumps(ASKED).encode())
+
+    def status(content: bytes, encoding: str = "gzip") -> int:
+        return http.post(CHAT, content=content, headers={"content-encoding": encoding}).status_code
+
+    answer = http.post(CHAT, content=packed, headers={"content-encoding": "gzip"})
+    assert answer.json()["choices"][0]["message"]["content"] == text(http)
+    assert status(packed, "br") == 415
+    assert status(packed[:-9]) == 400
+    assert status(b"no gzip") == 400
+    assert status(json.dumps(ASKED).encode(), "identity") == 200
+    assert status(gzip.compress(b" " * (MAX_BODY + 1))) == 413
+    assert status(gzip.compress(b" " * 500_000_000, 1)) == 413
+
+
+def test_browsers_of_allowed_pages_get_what_they_ask_for(http: httpx.Client) -> None:
+    preflight = {
+        "origin": "http://app.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-os,x-stainless-lang",
+        "access-control-request-private-network": "true",
+    }
+    answer = http.options(CHAT, headers=preflight)
+    assert answer.status_code == 200
+    allowed = answer.headers["access-control-allow-headers"]
+    assert "x-stainless-os" in allowed
+    assert answer.headers["access-control-allow-private-network"] == "true"
+    refused = http.post(CHAT, json=ASKED, headers={"origin": "http://evil.example"})
+    assert refused.status_code == 403
+    assert "--allow-origin" in refused.json()["error"]["message"]
+
+
+def test_names_that_stars_stand_for(http: httpx.Client) -> None:
+    def status(host: str) -> int:
+        return http.get("/v1/models", headers={"host": host}).status_code
+
+    assert status("app.localhost") == status("a.b.localhost:8080") == 200
+    assert status("localhost.evil") == status("evillocalhost") == 403
+
+
+def test_keys_in_either_head(tiny: Tiny) -> None:
+    with serving(tiny("llama"), Access(api_key="sesame")) as running:
+
+        def status(**headers: str) -> int:
+            return httpx.get(
+                f"{running.url}/v1/models", headers={k.replace("_", "-"): v for k, v in headers.items()}
+            ).status_code
+
+        assert status(x_api_key="sesame") == status(authorization="Bearer sesame") == 200
+        assert status(x_api_key="wrong") == status() == status(authorization="Basic sesame") == 401
+        assert status(x_api_key="sesame", authorization="Bearer wrong") == 401
+
+
+def test_a_context_that_is_too_small_is_told_in_words_that_libraries_know(http: httpx.Client) -> None:
+    answer = http.post(CHAT, json={"messages": [{"role": "user", "content": "word " * 2000}]})
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["code"] == "context_length_exceeded"
+    assert "This model's maximum context length is 512 tokens" in error["message"]
+    assert error["n_ctx"] == 512
+    assert error["n_prompt_tokens"] > 512
+
+
+class Pet(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=8)
+    legs: int = pydantic.Field(ge=0, le=8)
+
+
+def test_structured_output_of_the_python_client(server: Running) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+        messages: Any = HI
+        parsed = client.chat.completions.parse(
+            model="amulet",
+            messages=messages,
+            response_format=Pet,
+            max_tokens=40,
+            temperature=0.7,
+            seed=1,
+        )
+        assert isinstance(parsed.choices[0].message.parsed, Pet)
+        with client.chat.completions.stream(
+            model="amulet",
+            messages=messages,
+            response_format=Pet,
+            max_tokens=40,
+            temperature=0.7,
+            seed=1,
+        ) as stream:
+            final = stream.get_final_completion()
+        assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
+        free = client.chat.completions.create(
+            model="amulet", messages=messages, response_format={"type": "json_object"}, max_tokens=6
+        )
+        assert (free.choices[0].message.content or "").startswith("{")
+        assert free.choices[0].finish_reason in ("length", "stop")
+        cut = client.chat.completions.create(
+            model="amulet",
+            messages=messages,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"pattern": "a{99}", "type": "string"}},
+            },
+            max_tokens=4,
+        )
+        assert cut.choices[0].finish_reason == "length"
+
+
+def test_counts_and_times(http: httpx.Client) -> None:
+    first, again = (ask(http, messages=[{"role": "user", "content": "Tell me more."}]) for _ in range(2))
+    n_prompt = first["usage"]["prompt_tokens"]
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached < n_prompt == again["usage"]["prompt_tokens"]
+    times = again["timings"]
+    assert times["cache_n"] + times["prompt_n"] == n_prompt
+    assert times["predicted_n"] == again["usage"]["completion_tokens"]
+    assert times["prompt_ms"] > 0
+    assert first["system_fingerprint"] == again["system_fingerprint"]
