@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import functools
-import hashlib
-import importlib.resources
-import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from amulet_gguf.errors import AmuletError
@@ -26,6 +21,7 @@ from amulet_gguf.server.asked import Asked
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.guard import Access, Guard
 from amulet_gguf.server.metrics import Metrics
+from amulet_gguf.server.page import page_response
 from amulet_gguf.server.paths import Paths
 from amulet_gguf.server.replies import OpenAIReply
 from amulet_gguf.server.schema import Adjustment, ChatRequest, CompletionRequest
@@ -105,8 +101,8 @@ class _Api:
         if self._served.config is not None:
             self._served = dataclasses.replace(self._served, config=load_config())
 
-    async def page(self) -> Response:
-        return HTMLResponse(*_page())
+    async def page(self, request: Request) -> Response:
+        return page_response(request)
 
     async def health(self) -> Response:
         is_open = not self._service.is_closed
@@ -131,6 +127,13 @@ class _Api:
             "max_preferences": min(MAX_PREFERENCES, self._served.n_sequences - 1),
             "max_tokens": self._served.max_tokens,
             "strength": self._amulet.planner.resolve(settings).strength,
+            "defaults": {
+                "prefer": [{"text": each.name, "weight": each.weight} for each in settings.prefer],
+                "avoid": settings.avoid,
+                "system": settings.system,
+                "temperature": settings.temperature,
+                "max_tokens": settings.max_tokens,
+            },
         }
         model = self._amulet.model
         return {
@@ -178,20 +181,3 @@ class _Api:
         return await self._answering.answer(
             asked, settings, reply, request, is_streamed=bool(body.stream)
         )
-
-
-@functools.cache
-def _page() -> tuple[str, int, dict[str, str]]:
-    """Return the page, its status and headers: its own script and style run, and nothing else."""
-    html = importlib.resources.files("amulet_gguf.server").joinpath("page.html").read_text("utf-8")
-
-    def hashes(tag: str) -> str:
-        parts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digests = [hashlib.sha256(part.encode()).digest() for part in parts]
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-    policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, 200, {"content-security-policy": policy, "cache-control": "no-cache"}
