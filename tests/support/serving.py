@@ -16,6 +16,7 @@ from amulet_gguf.server.guard import Access
 from amulet_gguf.server.run import listen, make_server
 from amulet_gguf.server.served import Served
 from amulet_gguf.service.service import AmuletService
+from amulet_gguf.settings import Settings
 
 
 @dataclass
@@ -42,6 +43,7 @@ def serving(
     path: Path,
     access: Access | None = None,
     *,
+    settings: Settings | None = None,
     config: Config | None = None,
     max_tokens: int = 450,
     **options: Any,
@@ -52,7 +54,7 @@ def serving(
         service.wait_ready()
         n_sequences = options["n_sequences"]
         served = Served(
-            service, path.stem, config=config, max_tokens=max_tokens, n_sequences=n_sequences
+            service, path.stem, settings or Settings(), config, max_tokens, n_sequences=n_sequences
         )
         is_ready = threading.Event()
         server = make_server(create_app(served, access), is_ready.set, lambda: None)

@@ -80,7 +80,8 @@ const style = (() => {
     const names = new Map([[0, "the base model"], [1, "ordinary prompting"]]);
     const isOff = !isAny() && !$("learn").checked;
     $("strength").disabled = isOff;
-    $("amount").textContent = isOff ? "choose a preference" : `${value.toFixed(2)} ${names.get(value) ?? ""}`;
+    $("amount").replaceChildren(isOff ? "choose a preference" : value.toFixed(2));
+    if (!isOff && names.has(value)) $("amount").append(make("span", "roomy", ` ${names.get(value)}`));
   }
 
   function listen(listener) {
