@@ -4,5 +4,6 @@ guard     who may ask, and how much: addresses, origins, keys, sizes; before any
 schema    what may be asked: requests become `Settings` and messages
 replies   what is answered: pieces become OpenAI's objects
 app       the endpoints
+page      the page: its files, and how they become one document
 run       the process: sockets, time limits of connections, the end
 """

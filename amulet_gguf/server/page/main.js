@@ -21,8 +21,7 @@ function begin(served) {
   isBegun = true;
   style.begin(served);
   settings.begin(served);
-  const reopened = storage.get(storage.read("amulet.open", "sessionStorage"));
-  if (reopened && !talk.current()) talk.open(reopened);
+  talk.reopen();
   $("question").focus();
 }
 
@@ -85,13 +84,10 @@ storage.open({
 style.listen(talk.adjust);
 taste.listen();
 display.begin(talk.renderAll);
-talk.listen(() => {
-  storage.write("amulet.open", talk.current()?.id ?? null, "sessionStorage");
-  shelf.render();
-});
+talk.listen(shelf.render);
 shelf.begin();
 listenToForms();
 listenToButtons();
 listenToPointers();
-addEventListener("pagehide", talk.saveNow);
+addEventListener("pagehide", talk.leave);
 start();

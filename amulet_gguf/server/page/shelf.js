@@ -65,7 +65,7 @@ const shelf = (() => {
     };
     input.addEventListener("keydown", (event) => {
       if (event.key === "Escape") { event.stopPropagation(); end(false); }
-      if (isSending(event)) end(true);
+      if (isSending(event)) { event.preventDefault(); end(true); }  // or it would press what has the focus then
     });
     node.replaceChildren(input);
     input.select();
@@ -114,12 +114,14 @@ const shelf = (() => {
   function toggle(isOpen = $("shelf").hidden) {
     $("shelf").hidden = !isOpen;
     $("list").setAttribute("aria-expanded", isOpen);
-    if (!isNarrow()) storage.write("amulet.shelf", isOpen);
   }
 
   function begin() {
     toggle(!isNarrow() && storage.read("amulet.shelf") !== false && storage.list().length > 0);
-    $("list").addEventListener("click", () => toggle());
+    $("list").addEventListener("click", () => {
+      toggle();
+      if (!isNarrow()) storage.write("amulet.shelf", !$("shelf").hidden);
+    });
     $("shelf").addEventListener("keydown", (event) => {
       if (event.key !== "Escape" || !isNarrow()) return;
       event.stopPropagation();

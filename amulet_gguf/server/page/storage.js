@@ -121,9 +121,14 @@ const storage = (() => {
     if (typeof id !== "string" || !Array.isArray(turns)) throw new TypeError("no conversation");
     return {
       id, title: string(title) || "Untitled", changed: number(changed),
-      style: style && typeof style === "object" ? style : null,
+      style: style && revivedStyle(style),
       turns: turns.map(revivedTurn),
     };
+  }
+
+  function revivedStyle({ prefer, avoid, strength }) {
+    const texts = prefer.map(({ text, weight }) => ({ text: string(text), weight: number(weight) }));
+    return { prefer: texts.filter(({ text }) => text), avoid: string(avoid), strength: number(strength) };
   }
 
   function revivedTurn({ question, isPair, chosen, answers }) {

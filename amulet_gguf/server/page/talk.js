@@ -2,6 +2,7 @@
 // The conversation that is shown, and the answers being written in it.
 
 const talk = (() => {
+  const OPEN = "amulet.open";
   const SAVE_MS = 2000;     // what a reload in the middle of an answer may lose
   let conversation = null;  // none until the first question
   let running = null;       // { conversation, turn, streams, abort, isKept } while answers are written
@@ -18,6 +19,17 @@ const talk = (() => {
     const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
     const title = question.split("\n", 1)[0].slice(0, 60);
     conversation = { id, title, changed: 0, style: null, turns: [] };
+    remember();
+  }
+
+  /** Remember what this window shows, for when it is loaded again. */
+  function remember() {
+    storage.write(OPEN, conversation?.id ?? null, "sessionStorage");
+  }
+
+  function reopen() {
+    const last = storage.get(storage.read(OPEN, "sessionStorage"));
+    if (last && !conversation) open(last);
   }
 
   /** Show a conversation, or the beginning of a new one. */
@@ -25,6 +37,7 @@ const talk = (() => {
     stop();
     running = null;
     conversation = next;
+    remember();
     shown.clear();
     $("talk").replaceChildren($("empty"));
     for (const turn of conversation?.turns ?? []) addTurn(turn);
@@ -39,6 +52,12 @@ const talk = (() => {
 
   function stop() {
     running?.abort.abort();
+  }
+
+  /** The page is being left: what is written so far is kept. */
+  function leave() {
+    stop();
+    if (running?.isKept && running.turn.answers.length) storage.save(running.conversation);
   }
 
   /** Another window changed a conversation, or deleted it. */
@@ -307,11 +326,10 @@ const talk = (() => {
   }
 
   return {
-    ask, open, stop, refresh, adjust, restyle, keep,
+    ask, open, reopen, leave, stop, refresh, adjust, restyle,
     current: () => conversation,
     isRunning: () => running !== null,
     renderAll: () => { for (const { views } of shown.values()) for (const view of views) view.render(); },
-    saveNow: () => { if (running?.isKept && running.turn.answers.length) storage.save(running.conversation); },
     listen: (listener) => { onChange = listener; },
   };
 })();
