@@ -487,7 +487,7 @@ def test_a_key_is_asked_for_and_kept_for_the_visit(browser: Any, tiny: Tiny) -> 
 def test_what_the_server_does_by_itself_is_shown_and_done(browser: Any, tiny: Tiny) -> None:
     prefer: list[str | tuple[str, float]] = ["concise", ("Write for a child.", 0.5)]
     settings = Settings(
-        prefer=prefer, strength=3.0, avoid="Lists.", system="Be kind.", temperature=0.5, max_tokens=9
+        prefer=prefer, strength=3.0123, avoid="Lists.", system="Be kind.", temperature=0.5, max_tokens=9
     )
     with serving(tiny("llama"), settings=settings) as running:
         page = browser.new_page()
@@ -504,6 +504,7 @@ def test_what_the_server_does_by_itself_is_shown_and_done(browser: Any, tiny: Ti
             ask(page)
         page.get_by_text("9 tokens").wait_for()  # or fewer, were its length not the server's
         body = caught.value.post_data_json
+        assert body["strength"] == 3.0123  # which the slider cannot show
         assert body["prefer"][1] == {"text": "Write for a child.", "weight": 0.5}
         assert not {"max_tokens", "temperature"} & body.keys()
         assert [message["role"] for message in body["messages"]] == ["user"]

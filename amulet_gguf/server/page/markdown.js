@@ -3,7 +3,9 @@
 // tokens of the one and the scopes of the other become elements here, of kinds that are named here.
 
 const markdown = (() => {
-  const MAX_HIGHLIGHTED = 50_000;  // characters of code; more is shown without colours
+  const MAX_HIGHLIGHTED = 30_000;  // characters of code; more is shown without colours
+  const SLOW_MS = 150;
+  const slowFrom = new Map();      // characters from which a language took too long: some code takes squares of time
   const SAFE_LINK = /^(https?:|mailto:)/i;
 
   const parser = markdownit({ html: false, breaks: true });
@@ -104,11 +106,15 @@ const markdown = (() => {
   }
 
   function highlighted(text, language) {
-    if (text.length > MAX_HIGHLIGHTED || !hljs.getLanguage(language)) return text;
-    return hljs.highlight(text, { language, ignoreIllegals: true })._emitter.root;
+    const most = slowFrom.get(language) ?? MAX_HIGHLIGHTED;
+    if (text.length > most || !hljs.getLanguage(language)) return text;
+    const begin = performance.now();
+    const result = hljs.highlight(text, { language, ignoreIllegals: true });
+    if (performance.now() - begin > SLOW_MS) slowFrom.set(language, text.length / 2);
+    return result._emitter.root;
   }
 
-  /** What highlight.js tells its findings to, instead of writing HTML. */
+  /** What highlight.js tells its findings to, instead of writing HTML: its interface for that, if not a public one. */
   class Emitter {
     constructor() {
       this.root = document.createDocumentFragment();

@@ -122,6 +122,9 @@ const shelf = (() => {
       toggle();
       if (!isNarrow()) storage.write("amulet.shelf", !$("shelf").hidden);
     });
+    document.addEventListener("click", ({ target }) => {
+      for (const menu of $("shelf").querySelectorAll("details[open]")) if (!menu.contains(target)) menu.open = false;
+    });
     $("shelf").addEventListener("keydown", (event) => {
       if (event.key !== "Escape" || !isNarrow()) return;
       event.stopPropagation();

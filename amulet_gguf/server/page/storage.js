@@ -143,8 +143,8 @@ const storage = (() => {
     return {
       kind: answer.kind === "base" ? "base" : "realigned", prefer: string(answer.prefer),
       pieces: answer.pieces.map(revivedPiece), thought: string(answer.thought), seconds: number(answer.seconds),
-      reason: string(answer.reason) || "stopped",  // a page that was left while it was written
-      note: string(answer.note), error: string(answer.error),
+      reason: string(answer.reason) || "stopped",  // the page was left while it was written
+      note: answer.reason ? string(answer.note) : "stopped", error: string(answer.error),
     };
   }
 

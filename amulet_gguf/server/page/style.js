@@ -4,6 +4,7 @@
 const style = (() => {
   const preferences = [];  // { text, weight, isOn, isOwn, chip, set }
   let onChange = () => {};
+  let exact = { shown: NaN, value: NaN };  // a strength that was given, and where the slider could show it
 
   /** Begin with what the server does by itself. */
   function begin({ presets, strength, defaults }) {
@@ -47,7 +48,9 @@ const style = (() => {
   const chosen = () => preferences.filter((each) => each.isOn);
   const ownTexts = () => preferences.filter((each) => each.isOwn).map((each) => each.text);
   const weight = (each) => Math.max(-10, Math.min(10, Number(each.weight.value) || 0));
-  const strength = () => Number($("strength").value);
+  const shownStrength = () => Number($("strength").value);
+  /** Return the strength. One that was given is not rounded to the slider's steps unless somebody moves it. */
+  const strength = () => (shownStrength() === exact.shown ? exact.value : shownStrength());
   const avoid = () => $("avoid").value.trim();
   const isAny = () => chosen().length > 0 || avoid() !== "";
   const asked = () => chosen().map((each) => ({ text: each.text, weight: weight(each) }));
@@ -61,8 +64,13 @@ const style = (() => {
   function take(saved) {
     setPreferences(saved.prefer ?? []);
     $("avoid").value = saved.avoid ?? "";
-    if (Number.isFinite(saved.strength)) $("strength").value = saved.strength;
+    if (Number.isFinite(saved.strength)) setStrength(saved.strength);
     refresh();
+  }
+
+  function setStrength(value) {
+    $("strength").value = value;
+    exact = { shown: shownStrength(), value };
   }
 
   function setPreferences(prefer) {

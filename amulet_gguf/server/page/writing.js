@@ -31,7 +31,7 @@ const writing = (() => {
   /** Write an answer to its end, which never fails: the answer says how it ended. */
   async function write(stream, request, signal, onProgress) {
     const { answer, view } = stream;
-    Object.assign(answer, { reason: "", note: "", error: "" });
+    Object.assign(answer, { reason: "", note: "Reading…", error: "" });
     view.render();
     const begin = performance.now();
     try {
@@ -66,6 +66,7 @@ const writing = (() => {
 
   function take(stream, { delta, amulet }) {
     const { answer, view } = stream;
+    if (delta.content || delta.reasoning_content) answer.note = "";
     if (delta.reasoning_content) {
       stream.thinkingSince ??= performance.now();
       answer.thought += delta.reasoning_content;
