@@ -638,6 +638,17 @@ def test_a_conversation_that_is_deleted_while_it_is_written_stays_deleted(page: 
     assert kept(page) == []
 
 
+def test_a_conversation_that_is_left_while_it_is_written_keeps_what_there_is(page: Any) -> None:
+    limit(page, 1500)
+    ask(page)
+    page.locator(".text span").nth(2).wait_for()
+    page.get_by_role("button", name="New conversation").click()
+    open_list(page)
+    page.get_by_role("button", name="How are you?", exact=True).click()
+    page.get_by_role("button", name="Continue").wait_for()
+    assert written(page)
+
+
 def test_conversations_become_files(page: Any) -> None:
     stub(page, "A **bold** word.")
     ask(page, "What?\nTell me.")

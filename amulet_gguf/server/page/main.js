@@ -76,7 +76,8 @@ server.onKeyNeeded((message) => {
 });
 storage.open({
   onTrouble: (message) => {
-    $("trouble").textContent = `${message}: what is new is gone when the page is closed. Export it, or delete others.`;
+    $("trouble").textContent =
+      `${message}: what is new is gone when the page is closed. Export it, or delete others.`;
     $("trouble").hidden = false;
   },
   onChange: talk.refresh,

@@ -114,7 +114,7 @@ const markdown = (() => {
     return result._emitter.root;
   }
 
-  /** What highlight.js tells its findings to, instead of writing HTML: its interface for that, if not a public one. */
+  /** What highlight.js tells its findings to instead of writing HTML. Its interface, though not a promised one. */
   class Emitter {
     constructor() {
       this.root = document.createDocumentFragment();

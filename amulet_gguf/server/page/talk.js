@@ -112,9 +112,11 @@ const talk = (() => {
   function refreshActions(turn, i) {
     const answer = turn.answers[i], view = shown.get(turn).views[i];
     if (!answer.reason && !answer.error) return;  // it is being written
-    const copying = makeButton("Copy", () => copy(textOf(answer), copying), { className: "quiet", name: "Copy the answer" });
-    const add = (label, act) => view.actions.append(makeButton(label, act, { className: "quiet idle last" }));
-    view.actions.replaceChildren(copying, view.walker);
+    const add = (label, act, className = "quiet idle last", name = "") =>
+      view.actions.append(makeButton(label, act, { className, name }));
+    view.actions.replaceChildren();
+    add("Copy", (event) => copy(textOf(answer), event.target), "quiet", "Copy the answer");
+    view.actions.append(view.walker);
     if (answer.error) add("Retry", () => rewrite(turn, i));
     else if (!turn.isPair) add("Regenerate", () => regenerate(turn, i));
     if (textOf(answer) && answer.reason !== "stop") add("Continue", () => goOn(turn, i));
@@ -125,7 +127,8 @@ const talk = (() => {
   async function ask(question) {
     if (running) return;
     if (!conversation) create(question);
-    for (const button of document.querySelectorAll(".choose")) button.remove();  // a choice is made before one goes on
+    // A choice is made before one goes on.
+    for (const button of document.querySelectorAll(".choose")) button.remove();
     const turn = { question, isPair: false, chosen: null, answers: [] };
     const run = begin(turn);
     const pair = taste.isOn() ? await askForPair(run) : null;
@@ -142,7 +145,8 @@ const talk = (() => {
   }
 
   function answersOf() {
-    return $("two").checked ? [writing.newAnswer("base"), writing.newAnswer("realigned")] : [writing.newAnswer("realigned")];
+    const kinds = $("two").checked ? ["base", "realigned"] : ["realigned"];
+    return kinds.map((kind) => writing.newAnswer(kind));
   }
 
   async function askForPair({ abort }) {
@@ -197,8 +201,11 @@ const talk = (() => {
     const messages = messagesOf(run.conversation, turn);
     if (isContinued) messages.push(writing.said(answer));
     view.actions.replaceChildren();
-    await writing.write(stream, writing.request(stream, messages, draft), run.abort.signal, () => saveNowAndThen(run));
-    if (shown.get(turn)?.views[i] === view) refreshActions(turn, i);
+    const request = writing.request(stream, messages, draft);
+    await writing.write(stream, request, run.abort.signal, () => saveNowAndThen(run));
+    const now = shown.get(turn)?.views[i];
+    if (now === view) refreshActions(turn, i);
+    else if (now?.answer === answer) addAnswer(turn, i);  // the conversation was left, and shown again
   }
 
   function saveNowAndThen(run) {
@@ -226,7 +233,9 @@ const talk = (() => {
     const home = conversation;
     await rewrite(turn, i);
     if (conversation !== home || turn.answers[i] === old) return;
-    notice.say("The answer was written again.", () => { if (!running && conversation === home) swap(turn, i, old); });
+    notice.say("The answer was written again.", () => {
+      if (!running && conversation === home) swap(turn, i, old);
+    });
   }
 
   function swap(turn, i, answer) {

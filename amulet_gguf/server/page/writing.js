@@ -39,7 +39,8 @@ const writing = (() => {
       const { count, reason } = await read(stream, response, onProgress);
       const speed = count / ((performance.now() - begin) / 1000);
       answer.reason = reason || "stop";
-      answer.note = `${count} tokens, ${speed.toFixed(0)} per second${reason === "length" ? "; cut at the limit" : ""}`;
+      const end = reason === "length" ? "; cut at the limit" : "";
+      answer.note = `${count} tokens, ${speed.toFixed(0)} per second${end}`;
     } catch (error) {
       answer.reason = "stopped";
       if (error.name === "AbortError") answer.note = "stopped"; else answer.error = server.said(error);
