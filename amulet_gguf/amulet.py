@@ -23,6 +23,7 @@ from amulet_gguf.models.find import find_model
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.sandbox import MAX_TEMPLATE
+from amulet_gguf.prompts.tools import Tools
 from amulet_gguf.settings import Options, Settings
 from amulet_gguf.stream import Job, JobOptions, OnPrefill, Plan, Stream
 
@@ -193,6 +194,7 @@ class Amulet:
         messages: Sequence[Message] | None = None,
         settings: Settings | None = None,
         draft: str | None = None,
+        tools: Tools | None = None,
         on_prefill: OnPrefill | None = None,
         **options: Unpack[Options],
     ) -> Stream:
@@ -206,6 +208,7 @@ class Amulet:
             draft: an answer that this one may be much like, such as one written with another strength:
                 as far as it is, several tokens come in the time of one. What is written does not depend
                 on it (but for rounding, where two tokens are nearly as probable).
+            tools: functions that the answer may call: see `Answer.calls`.
             on_prefill: called with the tokens of the prompt read so far and in all, as they are read.
             **options: fields of `Settings` that differ.
 
@@ -216,7 +219,7 @@ class Amulet:
         """
 
         def plan(planner: Planner, settings: Settings) -> Request:
-            return planner.request(prompt, messages, settings, draft=draft)
+            return planner.request(prompt, messages, settings, draft=draft, tools=tools)
 
         settings = (settings or Settings()).replace(**options)
         return self.start(plan, settings, on_prefill=on_prefill)
@@ -243,10 +246,14 @@ class Amulet:
         messages: Sequence[Message] | None = None,
         settings: Settings | None = None,
         draft: str | None = None,
+        tools: Tools | None = None,
         **options: Unpack[Options],
     ) -> Answer:
         """Answer a prompt; arguments and errors as `stream`."""
-        with self.stream(prompt, messages=messages, settings=settings, draft=draft, **options) as stream:
+        settings = (settings or Settings()).replace(**options)
+        with self.stream(
+            prompt, messages=messages, settings=settings, draft=draft, tools=tools
+        ) as stream:
             return stream.answer()
 
     def compare(

@@ -78,6 +78,7 @@ class Options(TypedDict, total=False):
     think_effort: Effort | None
     think_tokens: int | None
     align_thoughts: bool
+    align_tool_calls: bool
     schema: SchemaLike
     regex: str | None
     grammar: str | None
@@ -253,6 +254,13 @@ class Settings(Declared):
         "Realign thoughts like the answer, or leave them as ordinary prompting has them.",
         "switch",
         off="--plain-thoughts",
+        otherwise="plain",
+    )
+    align_tool_calls: bool = setting(
+        False,
+        "Realign calls of functions like the answer, or leave them as the plain model has them.",
+        "switch",
+        off="--plain-tool-calls",
         otherwise="plain",
     )
     schema: str | None = setting(

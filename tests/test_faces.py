@@ -59,6 +59,7 @@ SAMPLES: dict[str, tuple[Any, str]] = {
     "think_effort": ("low", "low"),
     "think_tokens": (9, "9"),
     "align_thoughts": (True, "true"),
+    "align_tool_calls": (True, "true"),
     "schema": ({"type": "array", "maxItems": 3}, '{"type": "array", "maxItems": 3}'),
     "regex": ("[a-z]{3,7}", "[a-z]{3,7}"),
     "grammar": ('root ::= "a" | "b"', 'root ::= "a" | "b"'),

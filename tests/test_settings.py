@@ -254,6 +254,7 @@ def test_the_papers_settings() -> None:
         "think_effort": None,
         "think_tokens": None,
         "align_thoughts": False,
+        "align_tool_calls": False,
         "schema": None,
         "regex": None,
         "grammar": None,

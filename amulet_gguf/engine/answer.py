@@ -8,8 +8,31 @@ from typing import Literal, TypeAlias
 
 from amulet_gguf.method.explanation import Explanation
 
-Kind: TypeAlias = Literal["thought", "answer"]
+Kind: TypeAlias = Literal["thought", "answer", "call"]
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class CallPart:
+    """What a step added to a call of a function.
+
+    Attributes:
+        number: of the call in the answer, from 0.
+        name: of the function, in the call's first part.
+        arguments: JSON text that follows what came before.
+    """
+
+    number: int
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function: its name, and its arguments as JSON, whole unless the answer was cut."""
+
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -25,7 +48,8 @@ class Piece:
             (max_tokens or the context is used up), "cancelled".
         explanation: what realignment did here, where the request asked for it; not in thoughts, which
             are written as ordinary prompting writes them.
-        kind: what the text belongs to.
+        kind: what the text belongs to; the text of a call is in `call` alone.
+        call: what was added to a call of a function.
     """
 
     text: str
@@ -34,6 +58,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     explanation: Explanation | None = None
     kind: Kind = "answer"
+    call: CallPart | None = None
 
 
 def joined(pieces: Iterable[Piece], kind: Kind = "answer") -> str:
@@ -98,3 +123,19 @@ class Answer:
     def thought(self) -> str:
         """What the model thought before it answered."""
         return joined(self.pieces, "thought").strip()
+
+    @property
+    def calls(self) -> list[Call]:
+        """The functions that the model calls, in their order."""
+        return calls_in(self.pieces)
+
+
+def calls_in(pieces: Iterable[Piece]) -> list[Call]:
+    """Return the calls that pieces make up."""
+    found: list[Call] = []
+    for piece in pieces:
+        if piece.call is not None and piece.call.name is not None:
+            found.append(Call(piece.call.name, piece.call.arguments))
+        elif piece.call is not None:
+            found[-1] = Call(found[-1].name, found[-1].arguments + piece.call.arguments)
+    return found

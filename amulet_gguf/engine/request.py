@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from amulet_gguf.engine.answer import Kind
+from amulet_gguf.engine.answer import CallPart, Kind
 from amulet_gguf.engine.drafts import Drafts
 from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.mixture import Mixture
@@ -26,7 +26,7 @@ class Thoughts(Protocol):
     @property
     def holds(self) -> bool: ...
     @property
-    def opening(self) -> Sequence[int]: ...
+    def opening(self) -> Sequence[Sequence[int]]: ...
     def anew(self) -> Thoughts: ...
     def may_open(self, token: int) -> bool: ...
     def push(self, token: int) -> Sequence[tuple[Kind, bytes]]: ...
@@ -46,6 +46,48 @@ class Grammar(Protocol):
     def forced(self) -> Sequence[int]: ...
     def forbid(self, logits: Float32Array, also: Sequence[int]) -> None: ...
     def push(self, token: int, data: bytes) -> bool: ...
+
+
+class Calls(Protocol):
+    """What the engine needs of `amulet_gguf.prompts.tools.Calling`, which follows one answer.
+
+    - grammar: of the call under way; None: there is none.
+    - has_called, is_over: a call was begun; nothing may follow.
+    - holds: what was written last may be the beginning of a call.
+    - is_needed: a call must come next.
+    - opening: the tokens that open a call.
+    - push: takes a token, of which `data` belongs to the answer; returns texts and parts of calls.
+    - end: returns what was held back.
+    """
+
+    @property
+    def grammar(self) -> Grammar | None: ...
+    @property
+    def has_called(self) -> bool: ...
+    @property
+    def is_over(self) -> bool: ...
+    @property
+    def holds(self) -> bool: ...
+    @property
+    def is_needed(self) -> bool: ...
+    @property
+    def opening(self) -> Sequence[int]: ...
+    def anew(self) -> Calls: ...
+    def push(self, token: int, data: bytes) -> Sequence[str | CallPart]: ...
+    def end(self) -> Sequence[str | CallPart]: ...
+
+
+@dataclass(frozen=True)
+class CallRule:
+    """How calls of functions are written.
+
+    Attributes:
+        follows: tells them from text.
+        mixture: of their tokens; None: that of the answer.
+    """
+
+    follows: Calls
+    mixture: Mixture | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +134,7 @@ class Request:
         protects_facts: names, numbers and the like are written as ordinary prompting has them.
         thoughts: how to write them, of a model that may think.
         grammar: that the answer obeys.
+        calls: how to write them, where the model may call functions.
     """
 
     branches: Sequence[Tokens]
@@ -109,3 +152,4 @@ class Request:
     protects_facts: bool = False
     thoughts: ThoughtRule | None = None
     grammar: Grammar | None = None
+    calls: CallRule | None = None

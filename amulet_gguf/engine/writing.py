@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from amulet_gguf.engine.answer import FinishReason, Kind, Piece
-from amulet_gguf.engine.request import Request, State
+from amulet_gguf.engine.answer import CallPart, FinishReason, Kind, Piece
+from amulet_gguf.engine.request import Calls, Grammar, Request, State
 from amulet_gguf.engine.text import TextAssembler
 from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.explanation import Alternative, Explanation, explain
@@ -46,7 +46,11 @@ class Writing:
         self._of_thoughts = None if rule is None or rule.mixture is None else rule.mixture.anew()
         self.thought_limit = None if rule is None else rule.max_tokens
         self._n_thought = 0  # tokens, marks included
-        self._grammar = None if request.grammar is None else request.grammar.anew()
+        self._held: list[int] = []  # the last tokens, while they may be the beginning of a mark
+        self._grammar_of_text = None if request.grammar is None else request.grammar.anew()
+        calls = request.calls
+        self._calls = None if calls is None else calls.follows.anew()
+        self._of_calls = None if calls is None or calls.mixture is None else calls.mixture.anew()
 
     @property
     def n_tokens(self) -> int:
@@ -61,11 +65,21 @@ class Writing:
     def _state(self) -> State:
         return "answer" if self._thoughts is None else self._thoughts.state
 
+    @property
+    def _is_calling(self) -> bool:
+        return self._calls is not None and self._calls.grammar is not None
+
+    @property
+    def _grammar(self) -> Grammar | None:
+        """What the next token obeys, if it is not of a thought."""
+        calls = self._calls
+        return self._grammar_of_text if calls is None or calls.grammar is None else calls.grammar
+
     def now(self, mixture: Mixture) -> Mixture:
-        """Return the mixture of the next token: this one, if it is not of a thought."""
-        return (
-            self._of_thoughts if self._state == "thought" and self._of_thoughts is not None else mixture
-        )
+        """Return the mixture of the next token: this one, if it is not of a thought or of a call."""
+        if self._state == "thought":
+            return mixture if self._of_thoughts is None else self._of_thoughts
+        return self._of_calls if self._is_calling and self._of_calls is not None else mixture
 
     def choose(
         self, mixture: Mixture, logits: Float32Array, row: Float32Array, detokenizer: Detokenizer
@@ -85,13 +99,14 @@ class Writing:
         self._forbid(logits)
         prompted = mixture.combine(logits, row, lambda token: self._is_plain(token, detokenizer))
         changed = int(argmax(row)) != prompted  # before penalties and chance have their say
-        n_alternatives = 0 if self._state == "thought" else self.request.n_alternatives
+        is_explained = self._state != "thought" and not self._is_calling
+        n_alternatives = self.request.n_alternatives if is_explained else 0
         combined = row.copy() if n_alternatives else row  # sampling applies penalties to the row
         token = self.request.sampler.sample(row)
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         stops = self.request.stop_tokens if self._state == "answer" else ()
-        if detokenizer.ends_generation(token) or token in stops:
+        if detokenizer.ends_generation(token) or (token in stops and not self._is_calling):
             if self._state == "thought":
                 self.thought_limit = 0  # it forgot the answer
             else:
@@ -112,10 +127,14 @@ class Writing:
                 self._write(token, False, self._certain(token, detokenizer), detokenizer)
 
     def _forced(self) -> Sequence[int]:
-        """Return the tokens that must come next, by the grammar of the answer."""
-        if self._grammar is None or self._state != "answer":
+        """Return the tokens that must come next, by the grammar of the answer or of a call."""
+        if self._state != "answer":
             return ()
-        return self._grammar.forced()
+        if self._must_call and self._calls is not None:
+            return self._calls.opening[len(self._held) :]
+        # Where a call may begin, the grammar of text leaves another way.
+        is_free = self._calls is not None and not self._is_calling
+        return () if self._grammar is None or is_free else self._grammar.forced()
 
     def _certain(self, token: int, detokenizer: Detokenizer) -> Explanation | None:
         if not self.request.n_alternatives:
@@ -130,11 +149,28 @@ class Writing:
         is_early = self._n_answer < request.min_tokens and self._state != "thought"
         if is_early and request.end_tokens is not None:
             logits[:, request.end_tokens] = FORBIDDEN
-        thoughts, grammar = self._thoughts, self._grammar
-        if grammar is None or (thoughts is not None and (thoughts.state == "thought" or thoughts.holds)):
+        if self._state == "thought":
             return
-        opening = () if thoughts is None or thoughts.state == "answer" else thoughts.opening
-        grammar.forbid(logits, opening)
+        grammar, is_needed = self._grammar, self._must_call
+        n, going_on = len(self._held), self._going_on()
+        if is_needed or (n and grammar is not None and going_on):
+            kept = logits[:, going_on]
+            logits[:] = FORBIDDEN
+            logits[:, going_on] = kept
+        elif grammar is not None and n == 0:
+            grammar.forbid(logits, going_on)
+
+    @property
+    def _must_call(self) -> bool:
+        return self._calls is not None and not self._is_calling and self._calls.is_needed
+
+    def _going_on(self) -> list[int]:
+        """Return the tokens that begin marks which may come here, or go on with the one that is held."""
+        marks = [*self._thoughts.opening] if self._thoughts is not None and self._state == "open" else []
+        if self._calls is not None and not self._is_calling:
+            marks.append(self._calls.opening)
+        n = len(self._held)
+        return [mark[n] for mark in marks if len(mark) > n and [*mark[:n]] == self._held]
 
     def _is_plain(self, token: int, detokenizer: Detokenizer) -> bool:
         """Tell whether a token, ordinary prompting's best, is to be written as that would."""
@@ -158,9 +194,18 @@ class Writing:
                 self._n_thought += 1
             if is_of_mark and not data:
                 changed, explanation = False, None
+        is_whole = False
+        if self._calls is not None and self._state == "answer":
+            data, is_whole = self._take_calls(self._calls, token, data)
+            if self._is_calling or not data:
+                changed, explanation = False, None
+        elif self._grammar is not None and data:
+            is_whole = self._grammar.push(token, data)
+        is_held = thoughts is not None and thoughts.holds
+        is_held |= self._calls is not None and self._calls.holds
+        self._held = [*self._held, token] if is_held else []
         self._facts.push(data)
-        is_whole = self._grammar is not None and data and self._grammar.push(token, data)
-        kind: Kind = "thought" if self._state == "thought" else "answer"
+        kind: Kind = "thought" if self._state == "thought" else "call" if self._is_calling else "answer"
         piece = Piece(self._text.push(data), token, changed, None, explanation, kind)
         if self.is_finished:  # cancelled in the middle of this, by a signal's handler or a destructor
             return
@@ -170,6 +215,20 @@ class Writing:
             self.finish("length", piece)
         else:
             self.pieces.append(piece)
+
+    def _take_calls(self, calls: Calls, token: int, data: bytes) -> tuple[bytes, bool]:
+        """Return what of a token is text, and whether nothing may follow; calls become pieces."""
+        found = calls.push(token, data)
+        self._add_calls(found)
+        text = "".join(each for each in found if isinstance(each, str)).encode()
+        grammar = None if calls.has_called else self._grammar_of_text
+        is_whole = grammar is not None and bool(text) and grammar.push(token, text)
+        return text, is_whole or calls.is_over
+
+    def _add_calls(self, found: Sequence[str | CallPart]) -> None:
+        for part in found:
+            if not isinstance(part, str):
+                self.pieces.append(Piece("", kind="call", call=part))
 
     @property
     def _n_answer(self) -> int:
@@ -200,6 +259,10 @@ class Writing:
                         self.pieces.append(Piece(said.decode(), kind=kind))
                     else:
                         text += self._text.push(said)
+            if self._calls is not None:
+                held = self._calls.end()
+                self._add_calls(held)
+                text += self._text.push("".join(e for e in held if isinstance(e, str)).encode())
             text += self._text.push(b"", final=True)
             self.pieces.append(replace(last, text=text, finish_reason=reason))
             self.finish_reason = reason

@@ -97,11 +97,20 @@ class Grammars:
                 return self._compiled(name, text)
         return None
 
+    def of_calls(self, lark: str) -> Matcher:
+        """Return the grammar of calls of functions.
+
+        Raises:
+            SettingError: the schema of one of them is not valid or not supported.
+        """
+        return self._compiled("lark", lark)
+
     def _compile(self, name: str, text: str) -> Matcher:
         matcher, error = self._tried(name, text)
         if error and name == "schema":
             error += f" (at {_place(json.loads(text), lambda part: self._tried(name, part)[1])})"
         if error:
+            name = "tools" if name == "lark" else name
             raise SettingError(f"{name}: {error}", name)
         return Matcher(matcher, self._model)
 
@@ -112,8 +121,10 @@ class Grammars:
         try:
             if name == "schema":
                 options: Any = {"whitespace_pattern": _WHITE_SPACE}
-                schema = json.dumps(_closed(json.loads(text)))
+                schema = json.dumps(closed(json.loads(text)))
                 grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+            elif name == "lark":
+                grammar = LLMatcher.grammar_from_lark(text)
             elif name == "regex":
                 grammar = LLMatcher.grammar_from_regex(text)
             else:
@@ -167,7 +178,7 @@ def _place(schema: Any, error_in: Callable[[str], str]) -> str:
     return ".".join(path) or "the top"
 
 
-def _closed(schema: Any) -> Any:
+def closed(schema: Any) -> Any:
     """Return a schema whose objects have no other properties than it names, where it leaves that open.
 
     It allows others, but those who write one rarely mean that, and small models do not stop. llama.cpp

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 from amulet_gguf.engine.drafts import Drafts, Source
-from amulet_gguf.engine.request import Request, ThoughtRule
+from amulet_gguf.engine.request import CallRule, Request, ThoughtRule
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.echo import echo_tokens
@@ -26,6 +27,7 @@ from amulet_gguf.prompts.grammars import Grammars
 from amulet_gguf.prompts.messages import Message, conversation, split, with_preference
 from amulet_gguf.prompts.template import ChatTemplate
 from amulet_gguf.prompts.thoughts import Thinking, Thoughts, follows, switches
+from amulet_gguf.prompts.tools import Calling, Tools, ways
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
 
@@ -52,13 +54,14 @@ class Planner:
         # A slider asks again at every move.
         self._echo_tokens = lru_cache(maxsize=64)(partial(echo_tokens, model))
 
-    def transcripts(self, settings: Settings) -> Transcripts:
+    def transcripts(self, settings: Settings, tools: Tools | None = None) -> Transcripts:
         """Return what was written where the chat template was given the same names."""
         return self._transcripts(
             settings.template_args,
             settings.date,
             False if settings.think_tokens == 0 else settings.think,
             settings.think_effort,
+            tools,
         )
 
     def _new_transcripts(
@@ -67,9 +70,10 @@ class Planner:
         date: str | None,
         think: bool | None,
         effort: str | None,
+        tools: Tools | None,
     ) -> Transcripts:
         names = switches(think, effort) | {name: json.loads(value) for name, value in arguments}
-        template = self.template.given(names, date=date, skips_thoughts=think is False)
+        template = self.template.given(names, date=date, skips_thoughts=think is False, tools=tools)
         return Transcripts(template, self._model.token_bytes)
 
     def request(
@@ -83,6 +87,7 @@ class Planner:
         is_adjustable: bool = False,
         n_alternatives: int = 0,
         draft: str | None = None,
+        tools: Tools | None = None,
     ) -> Request:
         """Return the request for a prompt, a conversation, or a text to go on with.
 
@@ -93,13 +98,15 @@ class Planner:
                 that the model wrote, where it wrote them.
             draft: what the answer may be much like, as one that was written with other settings: as far
                 as it is, it comes sooner.
+            tools: functions that the answer may call.
             is_adjustable: have all branches, needed or not: `mixture` gives other strengths later.
 
         Raises:
             PromptError: not exactly one is given, or it cannot be made into a prompt.
         """
         settings = self.resolve(settings)
-        needed = _realignment(settings, is_adjustable)
+        calls_plainly = tools is not None and not settings.align_tool_calls
+        needed = _realignment(settings, is_adjustable or calls_plainly)
         on_end: Callable[[Sequence[int]], None] | None = None
         thoughts: ThoughtRule | None = None
         texts = [None, *(preference.text for preference in settings.prefer), settings.avoid]
@@ -107,7 +114,7 @@ class Planner:
             branches = [self.template.encode_text(text, texts[branch]) for branch in needed.branches]
         else:
             base = self.base(prompt, messages, settings)
-            transcripts = self.transcripts(settings)
+            transcripts = self.transcripts(settings, tools)
             known = transcripts.known(base) if reuse else None
             placement = _placement(settings)
             began = self.template.beginnings.of(base)  # of all branches
@@ -119,7 +126,7 @@ class Planner:
             ]
             branches = [each.tokens for each in encoded]
             thoughts = self._thoughts(settings, needed, encoded[0].text, split(base)[1])
-            if reuse and base[-1]["role"] == "user":
+            if reuse and base[-1]["role"] != "assistant":
                 on_end = partial(transcripts.note, base)
         return Request(
             branches=branches,
@@ -137,6 +144,17 @@ class Planner:
             protects_facts=settings.protect_facts,
             thoughts=thoughts,
             grammar=self._grammars.of(settings),
+            calls=None if tools is None else self._calls(settings, needed, tools),
+        )
+
+    def _calls(self, settings: Settings, needed: Realignment, tools: Tools) -> CallRule:
+        """Return how calls are written: programs read them, so that preferences do not touch them."""
+        form = self.template.form
+        found = ways(form, tools, self._model, self._grammars.of_calls)
+        alone = [float(branch == 0) for branch in needed.branches]
+        return CallRule(
+            Calling(found, tools, self._model),
+            None if settings.align_tool_calls else Mixture(alone, alone),
         )
 
     def _thoughts(
@@ -188,7 +206,7 @@ class Planner:
 
     def base(
         self, prompt: str | None, messages: Sequence[Message] | None, settings: Settings
-    ) -> list[dict[str, str]]:
+    ) -> list[dict[str, Any]]:
         """Return the messages of the base branch; errors as `request`."""
         checked = conversation(prompt, messages, settings.system)
         return with_preference(checked, None, _placement(self.resolve(settings)))

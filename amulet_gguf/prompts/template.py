@@ -24,6 +24,7 @@ from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.prompts.messages import THOUGHT, add_to_digest, reshaped, split
 from amulet_gguf.prompts.sandbox import CHATML, Renderer
 from amulet_gguf.prompts.thoughts import IN_HISTORIES, OPENING, find_marks, follows
+from amulet_gguf.prompts.tools import Tools, form_of, in_words
 
 _THOUGHT_NAMES: Final = (THOUGHT, "reasoning", "thinking")  # in templates of different families
 _MAX_BEGINNINGS: Final = 4096
@@ -51,7 +52,7 @@ class Beginnings:
         self._known: OrderedDict[bytes, tuple[datetime, datetime]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, messages: Sequence[Mapping[str, str]]) -> datetime:
+    def of(self, messages: Sequence[Mapping[str, Any]]) -> datetime:
         """Return when a conversation that begins with the same turn of the user began. One that was not
         gone on with for a day is forgotten."""
         state = hashlib.sha256()
@@ -75,6 +76,7 @@ class ChatTemplate:
 
     Attributes:
         marks: of thoughts, or None: the model is not known to think.
+        form: in which the model calls functions.
         beginnings: when its conversations began.
     """
 
@@ -89,23 +91,34 @@ class ChatTemplate:
         self._renderer = Renderer(source)
         special = vocabulary.special_texts()  # the whole vocabulary is gone through: once
         self.marks = find_marks(source, special)
+        self.form, self._knows_tools = form_of(source)
         self._special = _pattern(special)
         self._special_but_thoughts = _pattern(set(special) - IN_HISTORIES)
         self._names: Mapping[str, Any] = {}
         self._skips_thoughts = False
+        self._tools: Tools | None = None
         self._date: str | None = None
         self.beginnings = Beginnings()
 
     def given(
-        self, names: Mapping[str, Any], *, date: str | None = None, skips_thoughts: bool = False
+        self,
+        names: Mapping[str, Any],
+        *,
+        date: str | None = None,
+        skips_thoughts: bool = False,
+        tools: Tools | None = None,
     ) -> ChatTemplate:
         """Return the same template, which finds these values by their names.
 
         Args:
             date: what it takes for today, ISO 8601. None: the day on which a conversation began.
             skips_thoughts: answers begin at once.
+            tools: that the model may call.
         """
         other = copy.copy(self)
+        other._tools = tools
+        if tools is not None and self._knows_tools:
+            names = {**names, "tools": tools.described}
         other._names = {name: self._harmless(value) for name, value in names.items()}
         other._date = date
         other._skips_thoughts = skips_thoughts
@@ -113,7 +126,7 @@ class ChatTemplate:
 
     def encode(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         known: Encoded | None = None,
         began: datetime | None = None,
     ) -> Encoded:
@@ -131,7 +144,7 @@ class ChatTemplate:
         """
         asked, begun = split(messages)
         now = datetime.fromisoformat(self._date) if self._date else began or self.beginnings.of(messages)
-        text = self._rendered([self._defuse(message) for message in asked], now)
+        text = self._rendered(asked, now)
         if self.marks is not None and (begun or self._skips_thoughts):
             following = follows(self.marks, text)
             opens = next((mark for mark in self.marks.opens if begun.lstrip().startswith(mark)), None)
@@ -184,13 +197,15 @@ class ChatTemplate:
         parts = [self._vocabulary.tokenize(part, special=True) for part in text.split(_CUT)]
         return np.concatenate(parts)
 
-    def _defuse(self, message: Mapping[str, str]) -> dict[str, str]:
+    def _defuse(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Cut the names of special tokens in two, so that tokenization cannot recognize them.
 
         The assistant's keep the marks of thoughts, by which templates know what to leave out.
         """
         if message["role"] != "assistant":
             return {**message, "content": self._cut(message["content"])}
+        if "tool_calls" in message:
+            message = {**message, "tool_calls": self._harmless(message["tool_calls"])}
         content = self._cut(message["content"], self._special_but_thoughts)
         # A template that takes a mark out would join what stands before and behind it.
         content = _CLOSES.sub(lambda match: match[0] + _CUT, content)
@@ -214,30 +229,36 @@ class ChatTemplate:
             return {self._cut(key): self._harmless(each) for key, each in value.items()}
         return value
 
-    def _rendered(self, messages: list[dict[str, str]], now: datetime) -> str:
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], now: datetime) -> str:
         """Render messages, in another form if the template refuses them as they are, or leaves a system
         prompt out."""
-        try:
-            return self._render(messages, now)
-        except TemplateLimitError:
-            raise
-        except PromptError as error:
-            for form in reshaped(messages):
+        words = in_words(messages, self._tools)
+        has_calls = words != messages
+        forms = [(messages, self._names)] if self._knows_tools or not has_calls else []
+        plain = {name: value for name, value in self._names.items() if name != "tools"}
+        forms += [(words, plain)] * has_calls
+        refused: PromptError | None = None
+        for form, names in forms:
+            whole = [self._defuse(message) for message in form]
+            for each in (whole, *reshaped(whole)):
                 try:
-                    return self._render(form, now)
+                    return self._render(each, now, names)
                 except TemplateLimitError:  # noqa: PERF203
                     raise
-                except PromptError:
-                    continue
-            raise error from None
+                except PromptError as error:
+                    refused = refused or error
+        assert refused is not None
+        raise refused from None
 
-    def _render(self, messages: list[dict[str, str]], now: datetime) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], now: datetime, given: Mapping[str, Any]
+    ) -> str:
         vocabulary = self._vocabulary
         names = {
             name: vocabulary.token_text(token) if token >= 0 else ""
             for name, token in (("bos_token", vocabulary.bos), ("eos_token", vocabulary.eos))
         }
-        text = self._renderer.render(messages, now, {**names, **self._names})
+        text = self._renderer.render(messages, now, {**names, **given})
         for message in messages:
             beginning = message["content"].strip().split("\n")[0][:_RECOGNIZED]
             if message["role"] == "system" and beginning not in text:

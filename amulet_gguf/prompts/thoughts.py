@@ -219,10 +219,10 @@ class Thinking:
         return self._thoughts.holds
 
     @property
-    def opening(self) -> Sequence[int]:
-        """Tokens that marks before the answer begin with."""
+    def opening(self) -> Sequence[Sequence[int]]:
+        """The tokens of the marks that may come before the answer."""
         marks = (*self._marks.opens, *self._marks.answers)
-        return [int(self._vocabulary.tokenize(mark, special=True)[0]) for mark in marks]
+        return [self._vocabulary.tokenize(mark, special=True).tolist() for mark in marks]
 
     def may_open(self, token: int) -> bool:
         """Tell whether a token may begin a thought, or go on with its mark."""

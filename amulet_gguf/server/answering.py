@@ -97,6 +97,7 @@ class Answering:
                     settings=settings.replace(seed=seed),
                     is_adjustable=asked.is_adjustable,
                     n_alternatives=asked.n_alternatives,
+                    tools=asked.tools,
                     **prompt,
                 )
                 streams.append(stream)

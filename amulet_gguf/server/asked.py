@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from amulet_gguf.prompts.messages import Message
+from amulet_gguf.prompts.tools import Tools
 from amulet_gguf.server.errors import RequestError
 from amulet_gguf.settings import SETTINGS
 
@@ -99,9 +100,7 @@ class Asked:
         is_adjustable: the strength may be changed while it is written.
         n_alternatives: explain each token with so many.
         draft: what the answer may be much like.
-        tools: functions that the model may call, as OpenAI describes them.
-        tool_choice: "auto", "none", "required", or the name of the one to call.
-        parallel_tool_calls: there may be several.
+        tools: functions that the model may call.
     """
 
     changes: Mapping[str, Any]
@@ -113,9 +112,23 @@ class Asked:
     is_adjustable: bool = False
     n_alternatives: int = 0
     draft: str | None = None
-    tools: Sequence[Mapping[str, Any]] = ()
-    tool_choice: str = "auto"
-    parallel_tool_calls: bool = True
+    tools: Tools | None = None
+
+
+def tools_in(
+    functions: Sequence[Mapping[str, Any]] | None, choice: str | None, is_parallel: bool | None
+) -> Tools | None:
+    """Return the functions that a request lets the model call.
+
+    Args:
+        choice: "auto", "none", "required", or the name of the one to call; None: "auto".
+
+    Raises:
+        SettingError: see `Tools`.
+    """
+    if not functions or choice == "none":
+        return None
+    return Tools(functions, choice or "auto", is_parallel is not False)
 
 
 def changes_in(extra: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 import secrets
+import string
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Final
 
-from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage
+from amulet_gguf.engine.answer import Answer, CallPart, FinishReason, Piece, Timings, Usage
 from amulet_gguf.method.explanation import Explanation
 from amulet_gguf.server.errors import RequestError
 from amulet_gguf.stream import AnswerStream
@@ -44,6 +45,11 @@ def usage_of(usages: Iterable[Usage], n: int) -> dict[str, Any]:
     if thought := sum(usage.thought_tokens for usage in found):
         counts["completion_tokens_details"] = {"reasoning_tokens": thought}
     return counts
+
+
+def call_id() -> str:
+    """Return the name of a call: nine letters and digits, since the templates of some take no others."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
 def timings_of(usage: Usage, timings: Timings) -> dict[str, Any]:
@@ -92,6 +98,7 @@ class OpenAIReply:
     def __post_init__(self) -> None:
         self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(16)
         self._offsets: dict[int, int] = {}  # of the text so far, by choice
+        self._callers: set[int] = set()  # choices that call a function
 
     @property
     def media_type(self) -> str:
@@ -109,11 +116,21 @@ class OpenAIReply:
         for index, answer in enumerate(answers):
             choice: dict[str, Any] = {
                 "index": index,
-                "finish_reason": _REASONS[answer.finish_reason],
+                "finish_reason": self._reason(answer.finish_reason, bool(answer.calls)),
                 "logprobs": self._logprobs(index, answer.pieces),
             }
             if self.is_chat:
-                choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+                said = answer.text if answer.text.strip() or not answer.calls else None
+                choice["message"] = {"role": "assistant", "content": said, "refusal": None}
+                if answer.calls:
+                    choice["message"]["tool_calls"] = [
+                        {
+                            "id": call_id(),
+                            "type": "function",
+                            "function": {"name": call.name, "arguments": call.arguments},
+                        }
+                        for call in answer.calls
+                    ]
                 if answer.thought:
                     choice["message"]["reasoning_content"] = answer.thought
             else:
@@ -136,13 +153,15 @@ class OpenAIReply:
 
     def events(self, index: int, piece: Piece) -> Iterable[bytes]:
         """Yield the events of a piece: of its text or token, and of its end."""
-        if piece.kind == "thought":
+        if piece.call is not None:
+            yield self._call(index, piece.call)
+        elif piece.kind == "thought":
             if self.is_chat and piece.text:
                 yield self._chunk(index, {"reasoning_content": piece.text}, None)
         elif piece.text or (piece.explanation is not None and piece.token is not None):
             yield self._chunk(index, {"content": piece.text}, None, piece)
         if piece.finish_reason is not None:
-            yield self._chunk(index, {}, _REASONS[piece.finish_reason])
+            yield self._chunk(index, {}, self._reason(piece.finish_reason, index in self._callers))
 
     def closing(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
         """Yield the events that end a stream."""
@@ -157,6 +176,18 @@ class OpenAIReply:
         """Yield the event of a stream that breaks off."""
         yield event(error.body)
 
+    @staticmethod
+    def _reason(reason: FinishReason, has_called: bool) -> str:
+        return "tool_calls" if has_called and reason == "stop" else _REASONS[reason]
+
+    def _call(self, index: int, part: CallPart) -> bytes:
+        self._callers.add(index)
+        call: dict[str, Any] = {"index": part.number, "function": {"arguments": part.arguments}}
+        if part.name is not None:
+            call |= {"id": call_id(), "type": "function"}
+            call["function"] = {"name": part.name, "arguments": part.arguments}
+        return self._chunk(index, {"tool_calls": [call]}, None)
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -167,7 +198,7 @@ class OpenAIReply:
         }
 
     def _chunk(
-        self, index: int, delta: dict[str, str], reason: str | None, piece: Piece | None = None
+        self, index: int, delta: dict[str, Any], reason: str | None, piece: Piece | None = None
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if self.is_chat:

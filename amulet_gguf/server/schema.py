@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from amulet_gguf.prompts.messages import THOUGHT
-from amulet_gguf.server.asked import MAX_ANSWERS, Asked, changes_in
+from amulet_gguf.server.asked import MAX_ANSWERS, Asked, changes_in, tools_in
 from amulet_gguf.server.errors import RequestError
 
 
@@ -106,6 +106,17 @@ class Prediction(Open):
     content: str | list[TextPart]
 
 
+class ToolName(Open):
+    name: str
+
+
+class ToolChoice(Open):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+    function: ToolName
+
+
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
@@ -115,6 +126,9 @@ class ChatRequest(_Request):
     prediction: Prediction | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def changes(self) -> dict[str, Any]:
         changes = super().changes()
@@ -135,7 +149,13 @@ class ChatRequest(_Request):
             RequestError: a field that is not known or not possible here.
         """
         draft = None if self.prediction is None else text_of(self.prediction.content)
-        return Asked(**self.common(), messages=conversation(self.messages), draft=draft)
+        choice = self.tool_choice
+        tools = tools_in(
+            self.tools,
+            choice if choice is None or isinstance(choice, str) else choice.function.name,
+            self.parallel_tool_calls,
+        )
+        return Asked(**self.common(), messages=conversation(self.messages), draft=draft, tools=tools)
 
     @property
     def n_logprobs(self) -> int | None:
@@ -148,7 +168,7 @@ def text_of(content: str | Sequence[TextPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Return messages as the package has them.
 
     Raises:
@@ -157,12 +177,14 @@ def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     found = []
     for message in messages:
         extra = message.model_extra or {}
-        if extra.get("tool_calls") or extra.get("function_call"):
-            raise RequestError(400, "tool calls are not supported by this server", param="messages")
+        if extra.get("function_call"):
+            where = "messages: function_call is tool_calls now"
+            raise RequestError(400, where, param="messages")
         if message.content is None and message.role != "assistant":
             raise RequestError(400, f"a message of the {message.role} needs content", param="messages")
         role = "system" if message.role == "developer" else message.role
-        known = {"role": role, "content": text_of(message.content or "")}
+        known: dict[str, Any] = {"role": role, "content": text_of(message.content or "")}
+        known |= {name: extra[name] for name in ("tool_calls", "tool_call_id") if extra.get(name)}
         if isinstance(extra.get(THOUGHT), str):
             known[THOUGHT] = extra[THOUGHT]
         found.append(known)

@@ -63,7 +63,7 @@ class Tastes:
         return as_json(await asyncio.to_thread(_state, name, body.own))
 
     async def _read(
-        self, messages: list[dict[str, str]], texts: list[str], attributes: Sequence[str]
+        self, messages: list[dict[str, Any]], texts: list[str], attributes: Sequence[str]
     ) -> Float64Array:
         if self._n_waiting >= _MAX_WAITING:
             raise QueueFullError(_MAX_WAITING)

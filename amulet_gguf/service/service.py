@@ -25,6 +25,7 @@ from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
 from amulet_gguf.llama.loading import LoadOptions
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
+from amulet_gguf.prompts.tools import Tools
 from amulet_gguf.service.stream import ServiceJob, ServiceStream
 from amulet_gguf.settings import Options, Settings
 from amulet_gguf.stream import Action, JobOptions, OnPrefill, Plan
@@ -146,6 +147,7 @@ class AmuletService:
         is_adjustable: bool = True,
         n_alternatives: int = 0,
         draft: str | None = None,
+        tools: Tools | None = None,
         on_prefill: OnPrefill | None = None,
         **options: Unpack[Options],
     ) -> ServiceStream:
@@ -158,7 +160,7 @@ class AmuletService:
             settings: where to start from; None means the defaults.
             is_adjustable: `adjust` may be used, at the price of memory for all branches.
             n_alternatives: explain each token with so many of each distribution's best.
-            draft: as in `Amulet.stream`.
+            draft, tools: as in `Amulet.stream`.
             on_prefill: called on the engine's thread with the tokens of the prompt read so far and in
                 all; it must return soon. If it raises, the answer fails with that.
             **options: fields of `Settings` that differ.
@@ -179,6 +181,7 @@ class AmuletService:
                 is_adjustable=is_adjustable,
                 n_alternatives=n_alternatives,
                 draft=draft,
+                tools=tools,
             )
 
         return self.start(plan, settings, is_adjustable=is_adjustable, on_prefill=on_prefill)

@@ -154,7 +154,11 @@ def test_the_papers_prompts_are_its_format_string() -> None:
         (lambda: conversation(" ", None, None), "empty"),
         (lambda: conversation(None, [], None), "must end with a message of the user"),
         (lambda: conversation(None, [{"role": "assistant", "content": "a"}], None), "must end"),
-        (lambda: conversation(None, [{"role": "tool", "content": "a"}], None), "role must be one of"),
+        (lambda: conversation(None, [{"role": "robot", "content": "a"}], None), "role must be one of"),
+        (
+            lambda: conversation(None, [{"role": "tool", "content": "a"}], None),
+            "needs a message of the user",
+        ),
         (lambda: conversation(None, [{"role": "user"}], None), "needs a role and content"),
         (lambda: conversation(None, [{"role": "user", "content": 3}], None), "must be a text"),
         (
