@@ -67,10 +67,12 @@ def listen(access: Access, port: int) -> socket.socket:
         raise SettingError("--allow-origin takes origins, not *: every page could ask")
     family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
     try:
-        return socket.create_server((access.host, port), family=family, backlog=256)
+        listener = socket.create_server((access.host, port), family=family, backlog=256)
     except (OSError, OverflowError) as error:
         why = error.strerror if isinstance(error, OSError) else "no such port"
         raise SettingError(f"cannot listen on {access.host}, port {port}: {why or error}") from None
+    # Where a socket does not say that it is TCP's, asyncio leaves Nagle's delay on: 40 ms an answer.
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=listener.detach())
 
 
 def make_server(

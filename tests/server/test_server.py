@@ -509,6 +509,11 @@ def test_others_are_not_let_in_without_a_key(host: str) -> None:
         listen(Access(allow_origins=("*",)), 0)
 
 
+def test_what_is_sent_is_not_held_back() -> None:
+    with listen(Access(), 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # without, asyncio does not set TCP_NODELAY
+
+
 def test_an_address_in_use_is_told(server: Running) -> None:
     with pytest.raises(SettingError, match="in use"):
         listen(Access(), server.port)
