@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import sys
 import threading
 from typing import Any
 
@@ -67,6 +67,30 @@ from amulet_gguf.errors import SettingError
     metavar="URL",
     help="Origin of pages that may ask, such as http://localhost:5173. Repeatable.",
 )
+@click.option(
+    "--ready-json",
+    is_flag=True,
+    help="Write one line to stdout when the server listens: JSON with url, port, model and pid. The "
+    "model is loaded when /health says 200.",
+)
+@click.option(
+    "--exit-with-parent",
+    is_flag=True,
+    help="End when the process that started this one is gone, or when stdin, if it is a pipe, is "
+    "closed. A terminal, a file, /dev/null, or no stdin: only the process is watched.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is logged; requests are at info. Lines that nobody reads in time are lost.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(dir_okay=False),
+    help="Append the log to this file.  [default: stderr]",
+)
 def serve(
     host: str,
     port: int,
@@ -77,6 +101,10 @@ def serve(
     strict_model: bool,
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
+    ready_json: bool,
+    exit_with_parent: bool,
+    log_level: str,
+    log_file: str | None,
     **options: Any,
 ) -> None:
     """Answer programs that speak the OpenAI API, and a page at / for people.
@@ -89,52 +117,82 @@ def serve(
     """
     loading, settings = loading_from(options), settings_from(options)
     try:
+        from amulet_gguf.server.ending import Ending, watch_parent
+
+        ending = Ending()
+        if exit_with_parent:
+            watch_parent(ending.begin)  # at once: what is imported below takes a while
         from amulet_gguf.server.app import create_app
         from amulet_gguf.server.guard import Access
+        from amulet_gguf.server.logs import begin_logging
         from amulet_gguf.server.run import listen, make_server
         from amulet_gguf.server.served import Served
+        from amulet_gguf.server.starting import Starting
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"{error.name} is missing: pip install 'amulet-gguf[server]'"
         ) from None
     from amulet_gguf.cli.terminal import LateBar
     from amulet_gguf.home.config import load_config
+    from amulet_gguf.models.find import find_model
     from amulet_gguf.service.service import AmuletService
 
     n_sequences = parallel * 2
     if settings.n_branches > n_sequences:
         raise SettingError(f"{len(settings.prefer)} preferences need a larger --parallel")
     access = Access(host, api_key or None, allow_host, allow_origin)
+    config = load_config()
+    failures: list[BaseException] = []
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listen(access, port))  # before the model is loaded for nothing
-        bar = stack.enter_context(LateBar("Loading the model"))
-        service = stack.enter_context(
-            AmuletService(
-                loading.model,
-                max_waiting=queue,
-                n_sequences=n_sequences,
-                on_load=lambda fraction: bar.update(fraction, 1.0),
-                **loading.options,
-            )
-        )
-        path = service.wait_ready().model.path
-        bar.close()
+        path = find_model(loading.model)
         asked = str(loading.model or ".gguf")
         is_name = not asked.endswith(".gguf") and os.sep not in asked
         name = asked if is_name else path.stem.lower()
-        served = Served(service, name, settings, load_config(), limit_tokens, n_sequences, strict_model)
         shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listener.getsockname()[1]}"
-        import logging
+        port = listener.getsockname()[1]
+        url = f"http://{shown}:{port}"
+        drain = begin_logging(log_level, log_file)
+        bar = stack.enter_context(LateBar("Loading the model"))
+        starting = Starting(access)
 
-        logging.basicConfig(
-            level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+        def on_load(fraction: float) -> None:
+            starting.progress = fraction
+            bar.update(fraction, 1.0)
+
+        def on_ready() -> None:
+            if ready_json:
+                about = {"url": url, "port": port, "model": name, "pid": os.getpid()}
+                with contextlib.suppress(OSError):  # who closed stdout does not want to know
+                    click.echo(json.dumps(about))
+
+        def on_exit() -> None:  # ends what is under way with an error that says why
+            bar.close()
+            threading.Thread(target=service.close, daemon=True).start()
+
+        def open_up() -> None:
+            try:
+                service.wait_ready()
+                bar.close()
+                served = Served(
+                    service, name, settings, config, limit_tokens, n_sequences, strict_model
+                )
+                starting.app = create_app(served, access)
+                click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True)
+            except BaseException as error:
+                failures.append(error)
+                server.should_exit = True
+
+        server = make_server(starting, on_ready, on_exit)
+        ending.catch_signals(server)
+        service = stack.enter_context(
+            AmuletService(
+                path, max_waiting=queue, n_sequences=n_sequences, on_load=on_load, **loading.options
+            )
         )
-        logging.getLogger("amulet_gguf.server").setLevel(logging.INFO)
-        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the guard tells of failures
-        make_server(
-            create_app(served, access),
-            lambda: click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True),
-            # Ends what is under way with an error that says why.
-            on_exit=lambda: threading.Thread(target=service.close).start(),
-        ).run(sockets=[listener])
+        threading.Thread(target=open_up, name="amulet-opening", daemon=True).start()
+        server.run(sockets=[listener])
+    drain()
+    ending.finish()
+    if failures and not ending.is_begun:
+        raise failures[0]

@@ -5,5 +5,8 @@ schema    what may be asked: requests become `Settings` and messages
 replies   what is answered: pieces become OpenAI's objects
 app       the endpoints
 page      the page: its files, and how they become one document
-run       the process: sockets, time limits of connections, the end
+starting  what is answered while the model is being loaded
+run       sockets, time limits of connections
+ending    signals and the parent: the process ends in time
+logs      logs that nobody has to read
 """

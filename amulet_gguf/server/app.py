@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -66,6 +67,11 @@ def create_app(served: Served, access: Access | None = None) -> ASGIApp:
     async def on_other(_: Request, __: Exception) -> Response:
         return RequestError(500, "the server failed at this request").response
 
+    return guarded(app, access, api.metrics.count_request)
+
+
+def guarded(app: ASGIApp, access: Access, count: Callable[[str, int], None]) -> ASGIApp:
+    """Return an app that only those who may ask reach; arguments as `Guard`'s."""
     inner: ASGIApp = Paths(app)
     if access.allow_origins:
         inner = CORSMiddleware(
@@ -75,7 +81,7 @@ def create_app(served: Served, access: Access | None = None) -> ASGIApp:
             allow_headers=["*"],  # clients send many of their own
             allow_private_network=True,
         )
-    return Guard(inner, access, api.metrics.count_request)
+    return Guard(inner, access, count)
 
 
 def _invalid(error: RequestValidationError) -> RequestError:

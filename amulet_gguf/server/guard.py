@@ -113,6 +113,11 @@ class Guard:
                 ]
                 inner = {**scope, "headers": [*heads, (b"content-type", b"application/json")]}
                 await self._app(inner, _replay(body, receive), watched)
+        except asyncio.CancelledError:
+            if not status:
+                closing = RequestError(503, "the server is closing", code="closed")
+                await closing.response(scope, receive, watched)
+            raise
         except Exception as error:
             # Its message may quote what the user wrote: only its kind and place are logged.
             place = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,11 +1,11 @@
-"""The process: its socket, how long connections may idle, and its end."""
+"""The socket, how long connections may idle, and how the last ones are let go."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Generator
 from typing import Final
 
 import uvicorn
@@ -17,7 +17,7 @@ from amulet_gguf.server.guard import Access, is_loopback
 
 #: For the head of a request, from the connection or from its own first byte.
 HEAD_SECONDS: Final = 15.0
-_CLOSING_SECONDS: Final = 3
+_CLOSING_SECONDS: Final = 0.3  # for clients to read the end of their answers
 
 
 class _Protocol(H11Protocol):
@@ -78,11 +78,11 @@ def listen(access: Access, port: int) -> socket.socket:
 def make_server(
     app: ASGIApp, on_ready: Callable[[], None], on_exit: Callable[[], None]
 ) -> uvicorn.Server:
-    """Return a server whose `run(sockets=[…])` ends when the process is interrupted.
+    """Return a server whose `run(sockets=[…])` ends soon after `should_exit` is set.
 
     Args:
         on_ready: called when connections are answered.
-        on_exit: called by the signal that ends it; must return at once.
+        on_exit: called when the end begins; must return at once.
     """
     config = uvicorn.Config(
         app,
@@ -93,7 +93,7 @@ def make_server(
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=_CLOSING_SECONDS,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,  # type: ignore[arg-type]  # asyncio takes fractions
     )
     return _Server(config, on_ready, on_exit)
 
@@ -106,10 +106,14 @@ class _Server(uvicorn.Server):
         self._on_ready = on_ready
         self._on_exit = on_exit
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._on_exit()
-        super().handle_exit(sig, frame)
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield  # they are the process's own: see `ending`
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._on_exit()
+        await super().shutdown(sockets)
