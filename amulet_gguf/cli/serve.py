@@ -115,13 +115,13 @@ def serve(
     amulet serve --prefer concise
     curl localhost:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hi"}]}'
     """
+    from amulet_gguf.server.ending import Ending, watch_parent
+
+    ending = Ending()
+    if exit_with_parent:
+        watch_parent(ending.begin)  # first: who is gone by now is not missed
     loading, settings = loading_from(options), settings_from(options)
     try:
-        from amulet_gguf.server.ending import Ending, watch_parent
-
-        ending = Ending()
-        if exit_with_parent:
-            watch_parent(ending.begin)  # at once: what is imported below takes a while
         from amulet_gguf.server.app import create_app
         from amulet_gguf.server.guard import Access
         from amulet_gguf.server.logs import begin_logging

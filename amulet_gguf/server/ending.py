@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import uvicorn
+if TYPE_CHECKING:
+    import uvicorn
 
 #: From the beginning of the end until the process is ended, wherever it is: a step of llama.cpp may take
 #: longer, and cannot be broken off on every device. Files are replaced whole: none is left in half.
