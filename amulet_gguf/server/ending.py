@@ -122,10 +122,9 @@ def _wait_for_parent() -> Callable[[], None]:
 
 def _has_pipe() -> bool:
     """Tell whether stdin is a pipe: nothing else comes to an end when its owner does."""
-    try:
-        mode = os.fstat(0).st_mode
-    except OSError:
+    if sys.stdin is None:  # its number may be another file's by now
         return False
+    mode = os.fstat(0).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
