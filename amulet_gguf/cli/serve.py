@@ -174,9 +174,7 @@ def serve(
             try:
                 service.wait_ready()
                 bar.close()
-                served = Served(
-                    service, name, settings, config, limit_tokens, n_sequences, strict_model
-                )
+                served = Served(service, name, settings, config, limit_tokens, n_sequences, strict_model)
                 starting.app = create_app(served, access)
                 click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True)
             except BaseException as error:

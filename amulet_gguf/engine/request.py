@@ -49,7 +49,7 @@ class Grammar(Protocol):
 
 
 class Calls(Protocol):
-    """What the engine needs of `amulet_gguf.prompts.tools.Calling`, which follows one answer.
+    """What the engine needs of `amulet_gguf.prompts.calling.Calling`, which follows one answer.
 
     - grammar: of the call under way; None: there is none.
     - has_called, is_over: a call was begun; nothing may follow.

@@ -23,11 +23,12 @@ from amulet_gguf.method.mixture import (
 from amulet_gguf.method.sampling import Sampler
 from amulet_gguf.methods import resolve
 from amulet_gguf.preferences import Preference
+from amulet_gguf.prompts.calling import Calling, ways
 from amulet_gguf.prompts.grammars import Grammars
 from amulet_gguf.prompts.messages import Message, conversation, split, with_preference
 from amulet_gguf.prompts.template import ChatTemplate
 from amulet_gguf.prompts.thoughts import Thinking, Thoughts, follows, switches
-from amulet_gguf.prompts.tools import Calling, Tools, ways
+from amulet_gguf.prompts.tools import Tools
 from amulet_gguf.prompts.transcripts import Transcripts
 from amulet_gguf.settings import Placement, Settings
 

@@ -16,7 +16,8 @@ from peer_models import peer_models
 
 from amulet_gguf import Amulet, Call, PromptError, SettingError, Settings, Tools
 from amulet_gguf.engine.answer import Piece, calls_in
-from amulet_gguf.prompts.tools import HERMES, Calling, form_of
+from amulet_gguf.prompts.calling import Calling
+from amulet_gguf.prompts.tools import HERMES, form_of
 
 WEATHER: dict[str, Any] = {
     "type": "function",
