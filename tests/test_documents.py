@@ -24,7 +24,7 @@ COMMANDS = ROOT / "amulet_gguf" / "cli" / "README.md"
 GUIDES = sorted((ROOT / "amulet_gguf").rglob("*.md"))
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob(".github/*.md"), *ROOT.glob("models/*.md"), *GUIDES])
 #: Words by which the tests below find the Python examples that they run.
-EXAMPLES = ("Amulet.load", "AmuletService", "OpenAI")
+EXAMPLES = ("amulet.stream", "AmuletService", "Tools", "OpenAI")
 
 each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS]
@@ -124,10 +124,18 @@ def test_every_python_example_is_run_below() -> None:
 
 @pytest.mark.model
 def test_the_python_example_runs() -> None:
-    code = example("Amulet.load")
+    code = example("amulet.stream")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Timings(" in done.stdout
+
+
+@pytest.mark.model
+def test_the_example_of_functions_runs() -> None:
+    code = example("Tools")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[Call(name='get_weather', arguments='{" in done.stdout
 
 
 @pytest.mark.model

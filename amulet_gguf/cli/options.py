@@ -216,8 +216,11 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 
 def _read_text(file: str) -> str:
     name = "stdin" if file == "-" else file
-    with click.open_file(file, "rb") as stream:
-        data = stream.read(_MAX_PROMPT_BYTES + 1)
+    try:
+        with click.open_file(file, "rb") as stream:
+            data = stream.read(_MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise click.UsageError(f"cannot read {name}: {error.strerror}") from None
     if len(data) > _MAX_PROMPT_BYTES:
         raise click.UsageError(f"{name} is too large: over {_MAX_PROMPT_BYTES >> 20} MB")
     try:
