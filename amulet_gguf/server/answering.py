@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Final, Protocol
 
@@ -18,7 +19,7 @@ from amulet_gguf.server.metrics import Metrics
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.service.stream import ServiceStream
 from amulet_gguf.settings import Settings
-from amulet_gguf.stream import AnswerStream
+from amulet_gguf.stream import AnswerStream, OnPrefill
 
 _SEND_SECONDS: Final = 60.0  # for a client that does not read
 
@@ -29,7 +30,8 @@ class Reply(Protocol):
     - id: of the answer.
     - media_type: of its stream: "text/event-stream", or lines of JSON.
     - whole: the object of answers that were not streamed.
-    - opening, events, closing: what a stream sends before, for each piece, and behind.
+    - opening, progress, events, closing: what a stream sends before, as the prompt is read, for each
+      piece, and behind.
     - failed: what a stream sends where it breaks off.
     """
 
@@ -39,6 +41,7 @@ class Reply(Protocol):
     def media_type(self) -> str: ...
     def whole(self, answers: Sequence[Answer]) -> Any: ...
     def opening(self, n: int) -> Iterable[bytes]: ...
+    def progress(self, n_read: int, n_prompt: int) -> Iterable[bytes]: ...
     def events(self, index: int, piece: Piece) -> Iterable[bytes]: ...
     def closing(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]: ...
     def failed(self, error: RequestError) -> Iterable[bytes]: ...
@@ -69,12 +72,13 @@ class Answering:
             message = f"one request may ask for 1 to {MAX_ANSWERS} answers"
             raise RequestError(400, message, code="invalid_value", param="n")
         streams: list[ServiceStream] = []
+        reading = _Reading() if asked.has_progress and is_streamed else None
         try:
-            self._ask(asked, settings, streams)
+            self._ask(asked, settings, streams, None if reading is None else reading.tell)
             for stream in streams:
                 await stream.accepted()
             if is_streamed:
-                events = self._events(reply, streams)
+                events = self._events(reply, streams, reading)
                 if reply.media_type != "text/event-stream":
                     return StreamingResponse(events, media_type=reply.media_type)
                 return EventSourceResponse(events, send_timeout=_SEND_SECONDS)
@@ -85,7 +89,13 @@ class Answering:
             raise
         return as_json(reply.whole(answers))
 
-    def _ask(self, asked: Asked, settings: Settings, streams: list[ServiceStream]) -> None:
+    def _ask(
+        self,
+        asked: Asked,
+        settings: Settings,
+        streams: list[ServiceStream],
+        on_prefill: OnPrefill | None,
+    ) -> None:
         """Ask for all answers; those that were asked for stand in `streams`, whatever happens."""
         prompts: list[dict[str, Any]] = [{"text": text} for text in asked.texts]
         if asked.messages is not None:
@@ -98,6 +108,7 @@ class Answering:
                     is_adjustable=asked.is_adjustable,
                     n_alternatives=asked.n_alternatives,
                     tools=asked.tools,
+                    on_prefill=on_prefill,
                     **prompt,
                 )
                 streams.append(stream)
@@ -118,11 +129,17 @@ class Answering:
             watching.cancel()
             self._count(streams)
 
-    async def _events(self, reply: Reply, streams: Sequence[ServiceStream]) -> AsyncIterator[bytes]:
+    async def _events(
+        self, reply: Reply, streams: Sequence[ServiceStream], reading: _Reading | None
+    ) -> AsyncIterator[bytes]:
         self.live[reply.id] = streams
         try:
             for each in reply.opening(len(streams)):
                 yield each
+            if reading is not None:
+                async for n_read, n_prompt in reading.until_written(streams[0]):
+                    for each in reply.progress(n_read, n_prompt):
+                        yield each
             async for index, piece in _merged(streams):
                 for each in reply.events(index, piece):
                     yield each
@@ -140,6 +157,38 @@ class Answering:
     def _count(self, streams: Sequence[ServiceStream]) -> None:
         for stream in streams:
             self._metrics.count_answer(stream.usage, stream.timings)
+
+
+class _Reading:
+    """Hands on how much of a prompt is read, from the engine's thread to the server's."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._told: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+
+    def tell(self, n_read: int, n_prompt: int) -> None:
+        """Say it; for any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._told.put_nowait, (n_read, n_prompt))
+
+    async def until_written(self, stream: ServiceStream) -> AsyncIterator[tuple[int, int]]:
+        """Yield what is said until there is something to take from a stream, and then that all is read."""
+        n_read = n_prompt = 0
+        written = asyncio.ensure_future(stream.ready())
+        told = asyncio.ensure_future(self._told.get())
+        try:
+            while True:
+                await asyncio.wait({written, told}, return_when=asyncio.FIRST_COMPLETED)
+                if not told.done():
+                    break
+                n_read, n_prompt = told.result()
+                yield n_read, n_prompt
+                told = asyncio.ensure_future(self._told.get())
+            if n_read < n_prompt:
+                yield n_prompt, n_prompt
+        finally:
+            written.cancel()
+            told.cancel()
 
 
 async def _merged(streams: Sequence[ServiceStream]) -> AsyncIterator[tuple[int, Piece]]:

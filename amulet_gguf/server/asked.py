@@ -32,7 +32,7 @@ _IGNORED: Final = frozenset({
     "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention",
     "safety_identifier", "verbosity", "cache_prompt", "keep_alive", "skip_special_tokens",
     "spaces_between_special_tokens", "id_slot", "n_keep", "n_discard", "timings_per_token",
-    "return_progress", "reasoning_format", "parse_tool_calls", "mirostat_tau", "mirostat_eta",
+    "reasoning_format", "parse_tool_calls", "mirostat_tau", "mirostat_eta",
     "dynatemp_exponent", "xtc_threshold", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
     "dry_sequence_breakers", "min_keep", "samplers", "backend_sampling", "priority", "request_id",
     "num_ctx", "num_batch", "num_gpu", "num_thread", "main_gpu", "use_mmap", "use_mlock", "numa",
@@ -101,6 +101,7 @@ class Asked:
         n_alternatives: explain each token with so many.
         draft: what the answer may be much like.
         tools: functions that the model may call.
+        has_progress: a stream tells how much of the prompt is read.
     """
 
     changes: Mapping[str, Any]
@@ -113,6 +114,7 @@ class Asked:
     n_alternatives: int = 0
     draft: str | None = None
     tools: Tools | None = None
+    has_progress: bool = False
 
 
 def tools_in(

@@ -151,6 +151,13 @@ class OpenAIReply:
         for index in range(n if self.is_chat else 0):
             yield self._chunk(index, {"role": "assistant", "content": ""}, None)
 
+    def progress(self, n_read: int, n_prompt: int) -> Iterable[bytes]:
+        """Yield the event of a part of the prompt that was read, as llama.cpp's server has it."""
+        done = {"total": n_prompt, "processed": n_read, "cache": 0}
+        choice = {"index": 0, "delta": {}, "finish_reason": None}
+        head = self._head("chat.completion.chunk")
+        yield event({**head, "choices": [choice], "prompt_progress": done})
+
     def events(self, index: int, piece: Piece) -> Iterable[bytes]:
         """Yield the events of a piece: of its text or token, and of its end."""
         if piece.call is not None:

@@ -77,6 +77,7 @@ class _Request(Open):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
+    return_progress: bool | None = None
     profile: str | None = None
     adjustable: bool | None = None
     explain: bool | None = None
@@ -96,6 +97,7 @@ class _Request(Open):
             "profile": self.profile,
             "n": self.n or 1,
             "is_adjustable": bool(self.adjustable),
+            "has_progress": bool(self.return_progress),
         }
 
 

@@ -166,6 +166,10 @@ class ServiceStream(AnswerStream, AsyncIterator[Piece]):
         if self._job.error is not None:
             raise self._job.error
 
+    async def ready(self) -> None:
+        """Wait until there is a piece to take, or there will be none."""
+        await self._job.wait_async(lambda: self._job.has_more)
+
     async def answer_async(self) -> Answer:
         """Do as `answer`, for a task."""
         async for _ in self:

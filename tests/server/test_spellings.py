@@ -252,3 +252,29 @@ def test_counts_and_times(http: httpx.Client) -> None:
     assert times["predicted_n"] == again["usage"]["completion_tokens"]
     assert times["prompt_ms"] > 0
     assert first["system_fingerprint"] == again["system_fingerprint"]
+
+
+def test_a_stream_tells_how_much_of_the_prompt_is_read(tiny: Tiny) -> None:
+    with serving(tiny("llama"), n_batch=32) as running, httpx.Client(base_url=running.url) as http:
+        asked = {**ASKED, "messages": [{"role": "user", "content": "word " * 90}], "stream": True}
+        lines = http.post(CHAT, json={**asked, "return_progress": True}).text.splitlines()
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        told = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+        assert len(told) > 3
+        n_read = [each["processed"] for each in told]
+        assert n_read == sorted(n_read)
+        assert n_read[-1] == told[-1]["total"] > 90
+        at = [i for i, event in enumerate(events) if "prompt_progress" in event]
+        first = next(i for i, event in enumerate(events) if event["choices"][0]["delta"].get("content"))
+        assert max(at) < first
+        plain = http.post(CHAT, json=asked).text
+        assert "prompt_progress" not in plain
+
+
+def test_tokens_that_were_forced_have_probabilities_too(http: httpx.Client) -> None:
+    whole = ask(http, regex="The sea is wide[.!]", logprobs=True, top_logprobs=2, max_tokens=30)
+    entries = whole["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(each["bytes"]) for each in entries).decode() == text(
+        http, regex="The sea is wide[.!]", max_tokens=30
+    )
+    assert entries[1]["logprob"] == 0

@@ -14,7 +14,7 @@ const writing = (() => {
 
   /** Return the request for an answer. A draft is a text that it may be much like. */
   function request({ turn, answer, isRealigned, chosen }, messages, draft) {
-    const common = { messages, stream: true, stream_options: { include_usage: true }, ...settings.asked() };
+    const common = { messages, stream: true, stream_options: { include_usage: true }, return_progress: true, ...settings.asked() };
     if (draft) common.prediction = { type: "content", content: draft };
     if (!isRealigned) return { ...common, strength: 0, prefer: [], avoid: "", explain: false };
     const prefer = chosen.map((each) => ({ text: each.text, weight: style.weight(each) }));
@@ -56,6 +56,7 @@ const writing = (() => {
     for await (const event of server.events(response)) {
       stream.id = event.id;
       count = event.usage?.completion_tokens ?? count;
+      if (event.prompt_progress) showProgress(stream, event.prompt_progress);
       const choice = event.choices[0];
       if (!choice) continue;
       reason = choice.finish_reason ?? reason;
@@ -63,6 +64,12 @@ const writing = (() => {
       onProgress();
     }
     return { count, reason };
+  }
+
+  function showProgress({ answer, view }, { processed, total }) {
+    if (processed >= total) return;
+    answer.note = `Reading… ${Math.floor(100 * processed / total)} %`;
+    view.update();
   }
 
   function take(stream, { delta, amulet }) {
