@@ -172,7 +172,7 @@ class _Reading:
             self._loop.call_soon_threadsafe(self._told.put_nowait, (n_read, n_prompt))
 
     async def until_written(self, stream: ServiceStream) -> AsyncIterator[tuple[int, int]]:
-        """Yield what is said until there is something to take from a stream, and then that all is read."""
+        """Yield what is said until a stream has something to take, and then that all is read."""
         n_read = n_prompt = 0
         written = asyncio.ensure_future(stream.ready())
         told = asyncio.ensure_future(self._told.get())

@@ -149,7 +149,7 @@ class OpenAIReply:
     def opening(self, n: int) -> Iterable[bytes]:
         """Yield the events that begin each choice."""
         for index in range(n if self.is_chat else 0):
-            yield self._chunk(index, {"role": "assistant", "content": ""}, None)
+            yield self._chunk(index, {"role": "assistant", "content": None}, None)
 
     def progress(self, n_read: int, n_prompt: int) -> Iterable[bytes]:
         """Yield the event of a part of the prompt that was read, as llama.cpp's server has it."""

@@ -1,4 +1,4 @@
-"""The chat templates and vocabularies that come inside llama-cpp-python's source distribution.
+"""The chat templates, vocabularies and server tests in llama-cpp-python's source distribution.
 
 They are other people's: fetched here, once for a machine, not copied into the project.
 """
@@ -15,18 +15,30 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-_FOLDER = "/vendor/llama.cpp/models/"
+_FOLDERS = {
+    "models": "/vendor/llama.cpp/models/",
+    "server_tests": "/vendor/llama.cpp/tools/server/tests/",
+}
 
 
 def peer_models() -> Path:
     """Return the folder `models` of llama.cpp's source tree, as the installed version has it."""
+    return _peers() / "models"
+
+
+def peer_server_tests() -> Path:
+    """Return the folder of the tests of llama.cpp's server."""
+    return _peers() / "server_tests"
+
+
+def _peers() -> Path:
     name = f"llama_cpp_python-{version('llama-cpp-python')}"
     folder = user_cache_path("amulet-tests") / name
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
-        if not (folder / "models").is_dir():
+        if not all((folder / target).is_dir() for target in _FOLDERS):
             _fetch(name, folder)
-    return folder / "models"
+    return folder
 
 
 def _fetch(name: str, folder: Path) -> None:
@@ -34,16 +46,18 @@ def _fetch(name: str, folder: Path) -> None:
         asked = name.replace("llama_cpp_python-", "llama-cpp-python==")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary"]
         subprocess.run([*command, "llama-cpp-python", "-d", scratch, asked], check=True, timeout=600)
-        target = Path(scratch, "models")
         with tarfile.open(Path(scratch, f"{name}.tar.gz")) as archive:
             for member in archive:
-                if member.isfile() and _FOLDER in f"/{member.name}":
-                    path = target / member.name.split(_FOLDER)[1]
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    path.write_bytes(file.read())
-        target.rename(folder / "models")
+                for target, place in _FOLDERS.items():
+                    if member.isfile() and place in f"/{member.name}":
+                        path = Path(scratch, target, member.name.split(place)[1])
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        path.write_bytes(file.read())
+        for target in _FOLDERS:
+            if not (folder / target).is_dir():
+                Path(scratch, target).rename(folder / target)
 
 
 if __name__ == "__main__":
