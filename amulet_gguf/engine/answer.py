@@ -50,6 +50,7 @@ class Piece:
             are written as ordinary prompting writes them.
         kind: what the text belongs to; the text of a call is in `call` alone.
         call: what was added to a call of a function.
+        stopped_by: the stop string that ended the answer; on the last piece, None where none did.
     """
 
     text: str
@@ -59,6 +60,7 @@ class Piece:
     explanation: Explanation | None = None
     kind: Kind = "answer"
     call: CallPart | None = None
+    stopped_by: str | None = None
 
 
 def joined(pieces: Iterable[Piece], kind: Kind = "answer") -> str:

@@ -14,14 +14,19 @@ class TextAssembler:
     string. Bytes that are not UTF-8 become U+FFFD.
 
     Attributes:
-        stopped: a stop string was found; nothing follows.
+        stopped_by: the stop string that was found; nothing follows.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self._stop = tuple(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found."""
+        return self.stopped_by is not None
 
     def push(self, data: bytes, *, final: bool = False) -> str:
         """Take a token's bytes and return the text that is now certain.
@@ -34,11 +39,11 @@ class TextAssembler:
             return ""
         text = self._held + self._decoder.decode(data, final)
         # The stop string that is complete first, however the text is divided into tokens.
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
+            _, at, self.stopped_by = min(found)
             self._held = ""
-            return text[: min(found)[1]]
+            return text[:at]
         keep = 0 if final else self._possible_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -264,7 +264,8 @@ class Writing:
                 self._add_calls(held)
                 text += self._text.push("".join(e for e in held if isinstance(e, str)).encode())
             text += self._text.push(b"", final=True)
-            self.pieces.append(replace(last, text=text, finish_reason=reason))
+            stopped_by = self._text.stopped_by
+            self.pieces.append(replace(last, text=text, finish_reason=reason, stopped_by=stopped_by))
             self.finish_reason = reason
             self.finished_at = time.perf_counter()
             is_whole = 0 < self.n_tokens == self._n_answer and not self._text.stopped

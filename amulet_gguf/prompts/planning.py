@@ -83,7 +83,7 @@ class Planner:
         messages: Sequence[Message] | None,
         settings: Settings,
         *,
-        text: str | None = None,
+        text: str | Sequence[int] | None = None,
         reuse: bool = False,
         is_adjustable: bool = False,
         n_alternatives: int = 0,
@@ -93,8 +93,8 @@ class Planner:
         """Return the request for a prompt, a conversation, or a text to go on with.
 
         Args:
-            text: instead of the other two, what the model is to go on with, without a chat template; a
-                preference stands before it, and the system prompt is left out.
+            text: instead of the other two, what the model is to go on with, without a chat template, or
+                its tokens; a preference stands before it, and the system prompt is left out.
             reuse, n_alternatives: see `Request`. With the first, the conversation begins with the tokens
                 that the model wrote, where it wrote them.
             draft: what the answer may be much like, as one that was written with other settings: as far

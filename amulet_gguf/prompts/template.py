@@ -164,17 +164,34 @@ class ChatTemplate:
             return Encoded(text, np.concatenate([known.tokens, added]))
         return Encoded(text, self._with_bos(self._tokenize(text)))
 
-    def encode_text(self, text: str, preference: str | None) -> Tokens:
+    def encode_text(self, text: str | Sequence[int], preference: str | None) -> Tokens:
         """Return the tokens of a text that the model is to go on with, after a preference if any.
 
+        Args:
+            text: or its tokens, to which nothing is added but the preference.
+
         Raises:
-            PromptError: it is empty.
+            PromptError: it is empty, or a token is not of the vocabulary.
         """
-        if not text:
+        if not len(text):
             raise PromptError("the prompt is empty: give a text to go on with")
-        if preference:
-            text = f"{preference}\n\n{text}"
-        return self._with_bos(self._vocabulary.tokenize(text))
+        if isinstance(text, str):
+            if preference:
+                text = f"{preference}\n\n{text}"
+            return self._with_bos(self._vocabulary.tokenize(text))
+        wrong = next((token for token in text if not 0 <= token < self._vocabulary.n_vocab), None)
+        if wrong is not None:
+            raise PromptError(f"there is no token {wrong}: the model has {self._vocabulary.n_vocab}")
+        tokens = np.array(text, np.int32)
+        if not preference:
+            return tokens
+        n_first = int(tokens[0] == self._vocabulary.bos)  # it stays the first
+        before = self._vocabulary.tokenize(f"{preference}\n\n")
+        return np.concatenate([tokens[:n_first], before, tokens[n_first:]])
+
+    def encode_markup(self, text: str) -> Tokens:
+        """Return the tokens of a text that was rendered elsewhere: names of control tokens mean them."""
+        return self._with_bos(self._vocabulary.tokenize(text, special=True))
 
     def _with_bos(self, tokens: Tokens) -> Tokens:
         bos = self._vocabulary.bos

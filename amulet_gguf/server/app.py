@@ -48,24 +48,25 @@ def create_app(served: Served, access: Access | None = None) -> ASGIApp:
     app.delete("/v1/tastes/{name}")(api.tastes.forget)
 
     @app.exception_handler(RequestError)
-    async def on_request_error(_: Request, error: RequestError) -> Response:
-        return error.response
+    async def on_request_error(request: Request, error: RequestError) -> Response:
+        return error.response_for(request.scope["path"])
 
     @app.exception_handler(AmuletError)
-    async def on_amulet_error(_: Request, error: AmuletError) -> Response:
-        return RequestError.of(error).response
+    async def on_amulet_error(request: Request, error: AmuletError) -> Response:
+        return RequestError.of(error).response_for(request.scope["path"])
 
     @app.exception_handler(RequestValidationError)
-    async def on_validation_error(_: Request, error: RequestValidationError) -> Response:
-        return _invalid(error).response
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
+        return _invalid(error).response_for(request.scope["path"])
 
     @app.exception_handler(HTTPException)
-    async def on_http_exception(_: Request, error: HTTPException) -> Response:
-        return RequestError(error.status_code, str(error.detail)).response
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        return RequestError(error.status_code, str(error.detail)).response_for(request.scope["path"])
 
     @app.exception_handler(Exception)  # the guard logs it
-    async def on_other(_: Request, __: Exception) -> Response:
-        return RequestError(500, "the server failed at this request").response
+    async def on_other(request: Request, _: Exception) -> Response:
+        failure = RequestError(500, "the server failed at this request")
+        return failure.response_for(request.scope["path"])
 
     return guarded(app, access, api.metrics.count_request)
 

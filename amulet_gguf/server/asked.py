@@ -93,7 +93,8 @@ class Asked:
         changes: fields of `Settings` that differ from what the server begins with; `max_tokens` None for
             as many as there may be.
         messages: a conversation, or None.
-        texts: to go on with, each for an answer of its own, where there are no messages.
+        texts: to go on with, each for an answer of its own, where there are no messages; or tokens of
+            such texts.
         model: the name that was given, or None.
         profile: to begin with, or None.
         n: answers to each.
@@ -106,7 +107,7 @@ class Asked:
 
     changes: Mapping[str, Any]
     messages: Sequence[Message] | None = None
-    texts: Sequence[str] = ()
+    texts: Sequence[str | Sequence[int]] = ()
     model: str | None = None
     profile: str | None = None
     n: int = 1

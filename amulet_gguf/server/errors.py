@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them."""
+"""Errors as clients expect them: in OpenAI's form, or that of the dialect that a path belongs to."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ from amulet_gguf.errors import (
     TasteError,
 )
 
+_ANTHROPIC: Final = ("/messages", "/messages/count_tokens")
+_ANTHROPIC_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
+_OLLAMA: Final = "/api/"
 #: Seconds after which a refused client may try again.
 RETRY_AFTER: Final = 2
 
@@ -84,16 +93,22 @@ class RequestError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": {**error, **self.more}}
 
-    @property
-    def response(self) -> Response:
+    def body_for(self, path: str) -> dict[str, Any]:
+        """Return what a client reads that asked at a path."""
+        if path.rstrip("/").endswith(_ANTHROPIC):
+            kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
+            kind = kind if self.status < 500 or self.status == 503 else "api_error"
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return {"error": self.message} if path.startswith(_OLLAMA) else self.body
+
+    def response_for(self, path: str) -> Response:
+        """Return the response to a request at a path."""
         headers = {"retry-after": str(RETRY_AFTER)} if self.status == 503 else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return as_json(self.body, self.status, headers)
+        return as_json(self.body_for(path), self.status, headers)
 
 
-def as_json(
-    content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
+def as_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a response in ASCII: what a client sent may hold characters that no encoding takes."""
     return Response(json.dumps(content), status, dict(headers or {}), "application/json")

@@ -99,7 +99,7 @@ class Guard:
             except RequestError as error:
                 if error.status == 403:
                     logger.warning("refused: %s", error.message)
-                response = error.response
+                response = error.response_for(scope["path"])
                 origin = Headers(scope=scope).get("origin")
                 if error.status == 403 and origin is not None:  # its page may read why, and no more
                     response.headers["access-control-allow-origin"] = origin
@@ -124,7 +124,7 @@ class Guard:
             logger.error("%s in %s, line %s", type(error).__name__, place.filename, place.lineno)
             if not status:
                 failure = RequestError(500, "the server failed at this request")
-                await failure.response(scope, receive, watched)
+                await failure.response_for(scope["path"])(scope, receive, watched)
         finally:
             self._count(scope["path"], status)
             took = time.perf_counter() - begin

@@ -146,9 +146,9 @@ class OpenAIReply:
         timings = timings_of(answers[0].usage, answers[0].timings)
         return {**self._head("chat.completion"), "choices": choices, "usage": usage, "timings": timings}
 
-    def opening(self, n: int) -> Iterable[bytes]:
+    def opening(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
         """Yield the events that begin each choice."""
-        for index in range(n if self.is_chat else 0):
+        for index in range(len(streams) if self.is_chat else 0):
             yield self._chunk(index, {"role": "assistant", "content": None}, None)
 
     def progress(self, n_read: int, n_prompt: int) -> Iterable[bytes]:

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +26,7 @@ from amulet_gguf.llama.loading import LoadOptions
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.tools import Tools
+from amulet_gguf.service.look import Look, settle
 from amulet_gguf.service.stream import ServiceJob, ServiceStream
 from amulet_gguf.settings import Options, Settings
 from amulet_gguf.stream import Action, JobOptions, OnPrefill, Plan
@@ -75,7 +76,7 @@ class AmuletService:
         self._is_closing = False
         self._is_ready = threading.Event()  # loaded, or never will be
         # The only queues whose `put` is safe in `__del__`, which may run in the middle of anything.
-        self._unplanned: queue.SimpleQueue[ServiceJob | None] = queue.SimpleQueue()
+        self._unplanned: queue.SimpleQueue[ServiceJob | Look[Any] | None] = queue.SimpleQueue()
         self._commands: queue.SimpleQueue[Callable[[Amulet], None]] = queue.SimpleQueue()
         self._planner = threading.Thread(target=self._plan, name="amulet-planner", daemon=True)
         self._engine = threading.Thread(
@@ -142,7 +143,7 @@ class AmuletService:
         prompt: str | None = None,
         *,
         messages: Sequence[Message] | None = None,
-        text: str | None = None,
+        text: str | Sequence[int] | None = None,
         settings: Settings | None = None,
         is_adjustable: bool = True,
         n_alternatives: int = 0,
@@ -202,6 +203,21 @@ class AmuletService:
         self._unplanned.put(job)
         return ServiceStream(job, self._do)
 
+    def look(self, make: Callable[[Amulet], T]) -> Future[T]:
+        """Ask something of the vocabulary or the chat template, on the thread that plans answers.
+
+        Raises:
+            QueueFullError, ClosedError: at once, or the latter from the future.
+        """
+        look = Look(make)
+        with self._lock:
+            if self._is_closing:
+                raise self._closed()
+            if self._unplanned.qsize() >= self._max_waiting:
+                raise QueueFullError(self._max_waiting)
+            self._unplanned.put(look)
+        return look.future
+
     def work(self, make: Callable[[Amulet], Generator[object, None, T]]) -> Future[T]:
         """Do something else with the model on the engine's thread: it must not wait for long work.
 
@@ -234,9 +250,9 @@ class AmuletService:
                 return
             work.close()
         except StopIteration as done:
-            _settle(future, done.value)
+            settle(future, done.value)
         except Exception as error:
-            _settle(future, error=error)
+            settle(future, error=error)
         with self._lock:
             del self._works[future]
 
@@ -252,6 +268,9 @@ class AmuletService:
         """Be the planner's thread."""
         self._is_ready.wait()
         while (job := self._unplanned.get()) is not None:
+            if isinstance(job, Look):
+                job.settle(None if self._is_closing else self._amulet, self._closed())
+                continue
             if self._is_closing or self._amulet is None:
                 continue  # `_end` fails them all
             if job.is_cancelled:
@@ -294,7 +313,7 @@ class AmuletService:
         for future, work in self._works.items():
             if work is not None:
                 work.close()
-            _settle(future, error=self._closed())
+            settle(future, error=self._closed())
         self._works.clear()
         if self._amulet is not None:
             self._amulet.close()
@@ -364,11 +383,3 @@ class AmuletService:
             self._forget(job)
         if job.has_more:
             job.notify()
-
-
-def _settle(future: Future[Any], result: object = None, error: BaseException | None = None) -> None:
-    with contextlib.suppress(InvalidStateError):  # it was cancelled
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
