@@ -44,6 +44,11 @@ class Encoded:
     text: str
     tokens: Tokens
 
+    @property
+    def prompt(self) -> str:
+        """The text as people read it: without the places where names of control tokens are cut."""
+        return self.text.replace(_CUT, "")
+
 
 class Beginnings:
     """When conversations began, so that midnight does not change the prompts of those under way."""

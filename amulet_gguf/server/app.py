@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,8 +17,10 @@ from starlette.types import ASGIApp
 from amulet_gguf.errors import AmuletError
 from amulet_gguf.home.config import load_config
 from amulet_gguf.preferences import MAX_PREFERENCES, PRESETS
+from amulet_gguf.server import anthropic, llamacpp, ollama, responses
 from amulet_gguf.server.answering import Answering
 from amulet_gguf.server.asked import Asked
+from amulet_gguf.server.desk import Desk
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.guard import Access, Guard
 from amulet_gguf.server.metrics import Metrics
@@ -28,6 +30,9 @@ from amulet_gguf.server.replies import OpenAIReply
 from amulet_gguf.server.schema import Adjustment, ChatRequest, CompletionRequest
 from amulet_gguf.server.served import Served
 from amulet_gguf.server.tastes import Tastes
+
+#: Modules with `routes` and `PATHS`, beside OpenAI's chat completions.
+DIALECTS: Final = (responses, anthropic, ollama, llamacpp)
 
 
 def create_app(served: Served, access: Access | None = None) -> ASGIApp:
@@ -46,6 +51,9 @@ def create_app(served: Served, access: Access | None = None) -> ASGIApp:
     app.get("/v1/tastes/{name}")(api.tastes.show)
     app.post("/v1/tastes/{name}")(api.tastes.choose)
     app.delete("/v1/tastes/{name}")(api.tastes.forget)
+
+    for dialect in DIALECTS:
+        app.include_router(dialect.routes(api.desk))
 
     @app.exception_handler(RequestError)
     async def on_request_error(request: Request, error: RequestError) -> Response:
@@ -100,8 +108,10 @@ class _Api:
         self._service = served.service
         self._amulet = served.service.wait_ready()
         paths = {"/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+        paths |= {path for dialect in DIALECTS for path in dialect.PATHS}
         self.metrics = Metrics(served.service, paths)
         self._answering = Answering(served.service, self.metrics)
+        self.desk = Desk(lambda: self._served, self._answering)
         self.tastes = Tastes(served.service, served.settings.system, self._read_profiles)
 
     def _read_profiles(self) -> None:
