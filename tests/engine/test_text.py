@@ -104,12 +104,19 @@ def test_bytes_that_are_not_text_are_replaced_as_soon_as_they_are_known(
         assert returned in tails
 
 
+def test_the_stop_that_is_complete_first_is_told() -> None:
+    assembler = TextAssembler(["cd", "abcde", "b"])
+    assert assembler.stopped_by is None
+    assert assembler.push(b"abcde") == "a"
+    assert assembler.stopped_by == "b"
+
+
 @given(split(raw), st.binary(max_size=5), st.booleans())
 def test_nothing_follows_a_stop(pieces: list[bytes], more: bytes, final: bool) -> None:
     assembler = TextAssembler(["a"])
     for piece in [*pieces, b"!a"]:
         assembler.push(piece)
-    assert assembler.stopped
+    assert assembler.stopped_by == "a"
     assert assembler.push(more, final=final) == ""
     assert assembler.push(b"", final=True) == ""
 

@@ -699,3 +699,40 @@ def test_work_for_a_model_that_cannot_be_loaded_fails(service: Service, tmp_path
     it = service(tmp_path / "x.gguf")
     with pytest.raises(ClosedError):
         it.work(counting(1, [])).result(30)
+
+
+def test_looks_are_taken_on_the_planners_thread(service: Service) -> None:
+    running = service()
+    tokens = running.look(lambda amulet: amulet.model.tokenize("Hello").tolist())
+    name = running.look(lambda amulet: threading.current_thread().name)
+    failing = running.look(lambda amulet: 1 // 0)
+    assert tokens.result(20) == running.wait_ready().model.tokenize("Hello").tolist()
+    assert name.result(20) == "amulet-planner"
+    with pytest.raises(ZeroDivisionError):
+        failing.result(20)
+    assert running.stream("Hi", max_tokens=2).answer().pieces
+
+
+def test_looks_wait_in_a_queue_that_ends(service: Service) -> None:
+    running = service(max_waiting=2)
+    running.wait_ready()
+    gate, begun = threading.Event(), threading.Event()
+
+    def wait(_: Amulet) -> bool:
+        begun.set()
+        return gate.wait(20)
+
+    first = running.look(wait)
+    assert begun.wait(20)
+    others = [running.look(lambda _: True) for _ in range(2)]
+    with pytest.raises(QueueFullError):
+        running.look(lambda _: True)
+    others[0].cancel()
+    threading.Thread(target=running.close).start()
+    until(lambda: running.is_closed)
+    gate.set()
+    assert first.result(20)
+    with pytest.raises(ClosedError):
+        others[1].result(20)
+    with pytest.raises(ClosedError):
+        running.look(lambda _: True)
