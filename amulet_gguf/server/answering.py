@@ -10,6 +10,7 @@ from typing import Any, Final, Protocol
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Send
 
 from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.errors import AmuletError
@@ -80,7 +81,7 @@ class Answering:
             if is_streamed:
                 events = self._events(reply, streams, reading)
                 if reply.media_type != "text/event-stream":
-                    return StreamingResponse(events, media_type=reply.media_type)
+                    return _Lines(events, media_type=reply.media_type)
                 return EventSourceResponse(events, send_timeout=_SEND_SECONDS)
             answers = await self._collect(streams, request)
         except BaseException:
@@ -189,6 +190,16 @@ class _Reading:
         finally:
             written.cancel()
             told.cancel()
+
+
+class _Lines(StreamingResponse):
+    """A stream that is not of events, and as patient with a client that does not read."""
+
+    async def stream_response(self, send: Send) -> None:
+        async def sent(message: Message) -> None:
+            await asyncio.wait_for(send(message), _SEND_SECONDS)
+
+        await super().stream_response(sent)
 
 
 async def _merged(streams: Sequence[ServiceStream]) -> AsyncIterator[tuple[int, Piece]]:

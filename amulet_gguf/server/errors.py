@@ -19,7 +19,7 @@ from amulet_gguf.errors import (
     TasteError,
 )
 
-_ANTHROPIC: Final = ("/messages", "/messages/count_tokens")
+_ANTHROPIC: Final = "/messages/"
 _ANTHROPIC_TYPES: Final = {
     401: "authentication_error",
     403: "permission_error",
@@ -95,7 +95,7 @@ class RequestError(Exception):
 
     def body_for(self, path: str) -> dict[str, Any]:
         """Return what a client reads that asked at a path."""
-        if path.rstrip("/").endswith(_ANTHROPIC):
+        if f"{path.removeprefix('/v1')}/".startswith(_ANTHROPIC):
             kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error")
             kind = kind if self.status < 500 or self.status == 503 else "api_error"
             return {"type": "error", "error": {"type": kind, "message": self.message}}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.errors import PromptTooLongError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.server.asked import Asked
 from amulet_gguf.server.completion import CompletionBody, CompletionReply, Parts, prompts_of, told
@@ -27,6 +30,8 @@ PATHS: Final = (
     "/v1/chat/completions/input_tokens",
 )
 
+_MAX_TOKENS: Final = 262_144  # to be turned into text one by one
+
 
 def routes(desk: Desk) -> APIRouter:
     """Return the endpoints."""
@@ -40,18 +45,17 @@ def routes(desk: Desk) -> APIRouter:
 
         def looked(amulet: Amulet) -> list[tuple[list[int], str]]:
             read = [_tokens(amulet, parts) for parts in prompts]
+            longest = max(map(len, read))
+            if longest >= amulet.engine.n_ctx:  # before it becomes a text again
+                raise PromptTooLongError(longest, amulet.engine.n_ctx)
             return [(tokens, _text(amulet.model, tokens)) for tokens in read]
 
         found = await desk.look(looked)
         texts = [text for _, text in found for _ in range(asked.n)]
         about = told(settings, body.n_probs or 0, bool(body.stream))
         reply = CompletionReply(name, texts, about, body, desk.amulet.model.token_bytes)
-        asked = Asked(
-            asked.changes,
-            texts=[tokens for tokens, _ in found],
-            n=asked.n,
-            n_alternatives=body.n_probs or 0,
-        )
+        tokens = [tokens for tokens, _ in found]
+        asked = dataclasses.replace(asked, texts=tokens, n_alternatives=body.n_probs or 0)
         return await desk.answer(asked, settings, reply, request, bool(body.stream))
 
     @router.post("/tokenize")
@@ -116,6 +120,8 @@ class TokenizeBody(Open):
                 found += model.tokenize(part, special=self.parse_special).tolist()
             else:
                 found.append(part)
+        if len(found) > _MAX_TOKENS:
+            raise unusable(f"the text has more than {_MAX_TOKENS} tokens: send it in parts", "content")
         if self.add_special and model.adds_bos and model.bos >= 0 and found[:1] != [model.bos]:
             found.insert(0, model.bos)
         if not self.with_pieces:
@@ -126,7 +132,7 @@ class TokenizeBody(Open):
 class DetokenizeBody(Open):
     """POST /detokenize."""
 
-    tokens: list[int]
+    tokens: list[int] = Field(max_length=_MAX_TOKENS)
 
 
 class TemplateBody(Open):

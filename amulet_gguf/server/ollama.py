@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -50,7 +51,7 @@ def routes(desk: Desk) -> APIRouter:
         if isinstance(body, GenerateBody) and body.raw and body.prompt:
             text = body.prompt
             tokens = await desk.look(lambda amulet: amulet.planner.template.encode_markup(text).tolist())
-            asked = Asked(asked.changes, texts=[tokens], model=asked.model)
+            asked = dataclasses.replace(asked, messages=None, texts=[tokens])
         name, settings = desk.settings_for(asked)
         reply = OllamaReply(_tagged(name), isinstance(body, ChatBody))
         if is_to_load:  # and here the model always is

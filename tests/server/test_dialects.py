@@ -538,6 +538,10 @@ BAD: list[tuple[str, Any]] = [
     ("/detokenize", {"tokens": ["x"]}),
     ("/tokenize", {"content": [10**30], "with_pieces": True}),
     ("/tokenize", {}),
+    ("/tokenize", {"content": [5] * 300_000}),
+    ("/detokenize", {"tokens": [5] * 300_000}),
+    ("/completion", {"prompt": [5] * 300_000}),
+    ("/v1/messages/batches", {}),
     ("/apply-template", {"messages": []}),
     ("/apply-template", {"messages": HI, "tools": [TOOL]}),
 ]
@@ -558,7 +562,7 @@ def test_errors_have_the_form_of_their_dialect(http: httpx.Client, number: int) 
 NAMES = (
     "messages", "role", "content", "input", "instructions", "text", "format", "type", "system",
     "thinking", "tools", "tool_choice", "model", "prompt", "options", "stop", "tokens", "images",
-    "reasoning", "call_id",
+    "reasoning", "call_id", "budget_tokens", "effort", "tool_calls", "function", "stop_sequences",
 )  # fmt: skip
 
 
