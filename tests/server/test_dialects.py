@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from serving import Running, is_free, serving, until
 
 from amulet_gguf.prompts.sandbox import CHATML
+from amulet_gguf.server import answering
 from amulet_gguf.server.guard import Access
 from amulet_gguf.service.service import AmuletService
 
@@ -612,6 +614,19 @@ def test_clients_that_vanish_leave_nothing_behind(server: Running) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda visit: _vanish(server.port, *visit), visits))
     until(lambda: is_free(server.service))
+
+
+def test_lines_that_nobody_reads_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "_SEND_SECONDS", 0.05)
+
+    async def stuck(_: Any) -> None:
+        await asyncio.sleep(20)
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    with pytest.raises((TimeoutError, asyncio.TimeoutError)):
+        asyncio.run(answering._Lines(lines()).stream_response(stuck))
 
 
 def test_a_server_that_is_closed_says_so_in_every_dialect(tiny: Tiny) -> None:

@@ -137,6 +137,19 @@ def test_a_text_is_gone_on_with(service: Service, alone: Amulet) -> None:
     assert [piece.token for piece in stream] == [piece.token for piece in expected]
 
 
+def test_tokens_are_gone_on_with_as_they_are(service: Service) -> None:
+    running = service()
+    model = running.wait_ready().model
+    tokens = [model.bos, *model.tokenize("Once upon").tolist()]
+    answer = running.stream(text=tokens, max_tokens=8).answer()
+    assert answer.text == running.stream(text="Once upon", max_tokens=8).answer().text
+    assert answer.usage.prompt_tokens == len(tokens)
+    assert running.stream(text=tokens[1:], max_tokens=8).answer().usage.prompt_tokens == len(tokens) - 1
+    for wrong in ([], [model.n_vocab], [-1], [10**30]):
+        with pytest.raises(PromptError):
+            running.stream(text=wrong).answer()
+
+
 def test_asking_does_not_wait_for_the_model(service: Service) -> None:
     may_load = threading.Event()
     fractions: list[float] = []
