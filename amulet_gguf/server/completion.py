@@ -66,6 +66,7 @@ def prompts_of(given: Any) -> list[Parts]:
 
 
 def _parts(given: Any) -> Parts:
+    """Return one prompt; errors as `prompts_of`."""
     if isinstance(given, Mapping):
         if given.get("multimodal_data"):
             raise unusable("image input is not supported by this server", "prompt")

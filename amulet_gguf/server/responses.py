@@ -182,6 +182,11 @@ def _messages(given: str | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool in the form of chat completions.
+
+    Raises:
+        RequestError: it is not a function.
+    """
     if tool.get("type") != "function":
         raise unusable("tools: functions alone are supported", "tools")
     names = ("name", "description", "parameters")
@@ -189,6 +194,11 @@ def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _choice(choice: str | Mapping[str, Any] | None) -> str:
+    """Return `Asked.tool_choice`.
+
+    Raises:
+        RequestError: it is to be something else than a function.
+    """
     if isinstance(choice, Mapping):
         choice = choice.get("name")
         if not isinstance(choice, str):
