@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from amulet_gguf.engine.answer import Answer, FinishReason, Kind, Piece, Usage
 from amulet_gguf.prompts.messages import THOUGHT
-from amulet_gguf.server.asked import Asked, usual
+from amulet_gguf.server.asked import Asked, tools_in, usual
 from amulet_gguf.server.desk import (
     Desk,
     effort_of,
@@ -24,6 +24,7 @@ from amulet_gguf.server.desk import (
     unusable,
 )
 from amulet_gguf.server.errors import RequestError, as_json
+from amulet_gguf.server.replies import call_id
 from amulet_gguf.server.schema import Open, Whole
 from amulet_gguf.stream import AnswerStream
 
@@ -88,9 +89,11 @@ class CountRequest(Open):
             messages=messages_of(messages),
             model=self.model,
             profile=self.profile,
-            tools=[_function(tool) for tool in self.tools or ()],
-            tool_choice=str(choice.get("name")) if is_named else _CHOICES.get(kind, "auto"),
-            parallel_tool_calls=choice.get("disable_parallel_tool_use") is not True,
+            tools=tools_in(
+                [_function(tool) for tool in self.tools or ()],
+                str(choice.get("name")) if is_named else _CHOICES.get(kind, "auto"),
+                choice.get("disable_parallel_tool_use") is not True,
+            ),
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -175,19 +178,34 @@ class MessagesReply:
         self._n_blocks = 0  # that were begun
         self._kind: Kind | None = None  # of the block being written
         self._last: Piece | None = None
+        self._has_called = False
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         answer = answers[0]
         blocks = [_block("thought", answer.thought)] if answer.thought else []
-        content = [*blocks, _block("answer", answer.text)]
-        return self._message(answer.usage, content, answer.pieces[-1] if answer.pieces else None)
+        calls = answer.calls
+        if answer.text.strip() or not calls:
+            blocks.append(_block("answer", answer.text))
+        blocks += [_call(call.name, _arguments(call.arguments)) for call in calls]
+        last = answer.pieces[-1] if answer.pieces else None
+        return self._message(answer.usage, blocks, last, has_called=bool(calls))
 
     def opening(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
         message = self._message(streams[0].usage, [], None)
         yield named_event({"type": "message_start", "message": message})
 
+    def progress(self, n_read: int, n_prompt: int) -> Iterable[bytes]:
+        return ()
+
     def events(self, index: int, piece: Piece) -> Iterable[bytes]:
-        if piece.text:
+        if piece.call is not None:
+            if piece.call.name is not None:
+                yield from self._end_block()
+                yield from self._begin_block("call", _call(piece.call.name, {}))
+            if piece.call.arguments:
+                part = piece.call.arguments
+                yield self._delta({"type": "input_json_delta", "partial_json": part})
+        elif piece.text and (self._kind != "call" or piece.text.strip()):
             if piece.kind != self._kind:
                 yield from self._end_block()
                 yield from self._begin_block(piece.kind)
@@ -196,20 +214,21 @@ class MessagesReply:
         self._last = piece
 
     def closing(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
-        if self._kind != "answer":
+        if self._kind != "answer" and not self._has_called:
             yield from self._end_block()
             yield from self._begin_block("answer")  # an empty answer has a block
         yield from self._end_block()
-        delta, usage = _end(self._last), _counts(streams[0].usage)
+        delta, usage = _end(self._last, self._has_called), _counts(streams[0].usage)
         yield named_event({"type": "message_delta", "delta": delta, "usage": usage})
         yield named_event({"type": "message_stop"})
 
     def failed(self, error: RequestError) -> Iterable[bytes]:
         yield named_event(error.body_for(PATHS[0]))
 
-    def _begin_block(self, kind: Kind) -> Iterable[bytes]:
+    def _begin_block(self, kind: Kind, block: Mapping[str, Any] | None = None) -> Iterable[bytes]:
         self._kind = kind
-        block = _block(kind, "")
+        self._has_called |= kind == "call"
+        block = block or _block(kind, "")
         index, self._n_blocks = self._n_blocks, self._n_blocks + 1
         yield named_event({"type": "content_block_start", "index": index, "content_block": block})
 
@@ -226,7 +245,12 @@ class MessagesReply:
         return named_event({"type": "content_block_delta", "index": index, "delta": delta})
 
     def _message(
-        self, usage: Usage, content: Sequence[Mapping[str, Any]], last: Piece | None
+        self,
+        usage: Usage,
+        content: Sequence[Mapping[str, Any]],
+        last: Piece | None,
+        *,
+        has_called: bool = False,
     ) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -234,7 +258,7 @@ class MessagesReply:
             "role": "assistant",
             "model": self._model,
             "content": content,
-            **_end(last),
+            **_end(last, has_called),
             "usage": _counts(usage),
         }
 
@@ -245,13 +269,26 @@ def _block(kind: Kind, text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
-def _end(last: Piece | None) -> dict[str, Any]:
+def _call(name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": f"toolu_{call_id()}", "name": name, "input": arguments}
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # the answer was cut off
+        return {}
+
+
+def _end(last: Piece | None, has_called: bool) -> dict[str, Any]:
     """Return why an answer ended, where it has."""
     reason: FinishReason | None = None if last is None else last.finish_reason
     if last is None or reason is None:
         return {"stop_reason": None, "stop_sequence": None}
     if reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if has_called:
+        return {"stop_reason": "tool_use", "stop_sequence": None}
     is_stop = last.stopped_by is not None
     return {"stop_reason": "stop_sequence" if is_stop else "end_turn", "stop_sequence": last.stopped_by}
 

@@ -145,6 +145,9 @@ class CompletionReply:
         self._streams = streams
         return ()
 
+    def progress(self, n_read: int, n_prompt: int) -> Iterable[bytes]:
+        return ()
+
     def events(self, index: int, piece: Piece) -> Iterable[bytes]:
         stream = self._streams[index]
         if piece.text or piece.token is not None:

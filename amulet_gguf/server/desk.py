@@ -53,9 +53,6 @@ class Desk:
         Raises:
             RequestError, SettingError: a name or a value that is not possible.
         """
-        if asked.tools:  # until answers can call them
-            message = "tools are not supported by this server"
-            raise RequestError(400, message, code="unsupported_parameter", param="tools")
         return self.served.named(asked.model)[0], self.served.settings_for(asked)
 
     async def answer(
@@ -82,13 +79,15 @@ class Desk:
         _, settings = self.settings_for(asked)
 
         def counted(amulet: Amulet) -> int:
-            request = amulet.planner.request(None, asked.messages, settings, reuse=True)
+            request = amulet.planner.request(
+                None, asked.messages, settings, reuse=True, tools=asked.tools
+            )
             return max(len(branch) for branch in request.branches)
 
         return await self.look(counted)
 
 
-def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return messages that were translated into OpenAI's form as those of a chat request.
 
     Raises:

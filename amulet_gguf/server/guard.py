@@ -116,7 +116,7 @@ class Guard:
         except asyncio.CancelledError:
             if not status:
                 closing = RequestError(503, "the server is closing", code="closed")
-                await closing.response(scope, receive, watched)
+                await closing.response_for(scope["path"])(scope, receive, watched)
             raise
         except Exception as error:
             # Its message may quote what the user wrote: only its kind and place are logged.

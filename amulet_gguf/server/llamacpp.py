@@ -13,7 +13,7 @@ from starlette.responses import Response
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.errors import PromptTooLongError
 from amulet_gguf.llama.model import Model
-from amulet_gguf.server.asked import Asked
+from amulet_gguf.server.asked import Asked, tools_in
 from amulet_gguf.server.completion import CompletionBody, CompletionReply, Parts, prompts_of, told
 from amulet_gguf.server.desk import Desk, unusable
 from amulet_gguf.server.errors import as_json
@@ -68,14 +68,15 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.post("/apply-template")
     async def apply(body: TemplateBody) -> Response:
-        asked = Asked(body.changes(), conversation(body.messages), tools=body.tools or ())
+        tools = tools_in(body.tools, None, None)
+        asked = Asked(body.changes(), conversation(body.messages), tools=tools)
         _, settings = desk.settings_for(asked)
 
         def applied(amulet: Amulet) -> str:
             planner = amulet.planner
             base = planner.base(None, asked.messages, settings)
             began = planner.template.beginnings.of(base)
-            return planner.transcripts(settings).template.encode(base, None, began).prompt
+            return planner.transcripts(settings, tools).template.encode(base, None, began).prompt
 
         return as_json({"prompt": await desk.look(applied)})
 

@@ -17,11 +17,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.engine.answer import Answer, FinishReason, Piece, Timings, Usage
+from amulet_gguf.engine.answer import Answer, Call, FinishReason, Piece, Timings, Usage, calls_in
 from amulet_gguf.errors import AmuletError
 from amulet_gguf.llama.gguf import parts, read_header
 from amulet_gguf.prompts.messages import THOUGHT
-from amulet_gguf.server.asked import Asked, changes_in
+from amulet_gguf.server.asked import Asked, changes_in, tools_in
 from amulet_gguf.server.desk import Desk, effort_of, messages_of, unusable
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.schema import Open
@@ -86,7 +86,7 @@ def routes(desk: Desk) -> APIRouter:
             "template": amulet.model.chat_template or "",
             "details": about["details"],
             "model_info": _info(amulet),
-            "capabilities": ["completion", "thinking"] if thinks else ["completion"],
+            "capabilities": ["completion", "tools", *(["thinking"] if thinks else [])],
             "modified_at": about["modified_at"],
         }
         return as_json(shown)
@@ -148,7 +148,7 @@ class ChatBody(_Body):
             messages=messages_of(_translated(self.messages or ())),
             model=self.model,
             profile=self.profile,
-            tools=self.tools or (),
+            tools=tools_in(self.tools, None, None),
         )
 
 
@@ -215,6 +215,7 @@ class OllamaReply:
         self._model = model
         self._is_chat = is_chat
         self._reason: FinishReason = "stop"
+        self._calls: list[Piece] = []
 
     def loaded(self, reason: str) -> dict[str, Any]:
         """Return what is answered to a request that says nothing."""
@@ -222,13 +223,18 @@ class OllamaReply:
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         answer = answers[0]
-        said = self._said(answer.text, answer.thought)
+        said = self._said(answer.text, answer.thought, answer.calls)
         return {**said, **_end(answer.finish_reason, answer.usage, answer.timings)}
 
     def opening(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
         return ()
 
+    def progress(self, n_read: int, n_prompt: int) -> Iterable[bytes]:
+        return ()
+
     def events(self, index: int, piece: Piece) -> Iterable[bytes]:
+        if piece.call is not None:
+            self._calls.append(piece)  # they are sent whole
         if piece.text:
             is_thought = piece.kind == "thought"
             said = self._said("", piece.text) if is_thought else self._said(piece.text)
@@ -237,15 +243,22 @@ class OllamaReply:
             self._reason = piece.finish_reason
 
     def closing(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
+        if self._calls:
+            yield _line({**self._said("", "", calls_in(self._calls)), "done": False})
         end = _end(self._reason, streams[0].usage, streams[0].timings)
         yield _line({**self._said(""), **end})
 
     def failed(self, error: RequestError) -> Iterable[bytes]:
         yield _line(error.body_for(PATHS[0]))
 
-    def _said(self, text: str, thought: str = "") -> dict[str, Any]:
+    def _said(self, text: str, thought: str = "", calls: Sequence[Call] = ()) -> dict[str, Any]:
         head = {"model": self._model, "created_at": _time(datetime.datetime.now(datetime.timezone.utc))}
-        thinking = {"thinking": thought} if thought else {}
+        thinking: dict[str, Any] = {"thinking": thought} if thought else {}
+        if calls:
+            thinking["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+                for call in calls
+            ]
         if self._is_chat:
             return {**head, "message": {"role": "assistant", "content": text, **thinking}}
         return {**head, "response": text, **thinking}
@@ -266,6 +279,13 @@ def _end(reason: FinishReason, usage: Usage, timings: Timings) -> dict[str, Any]
         "eval_count": usage.completion_tokens,
         "eval_duration": decode,
     }
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # the answer was cut off
+        return {}
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import secrets
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from amulet_gguf.engine.answer import Answer, FinishReason, Kind, Piece, Usage
 from amulet_gguf.prompts.messages import THOUGHT
-from amulet_gguf.server.asked import Asked, usual
+from amulet_gguf.server.asked import Asked, tools_in, usual
 from amulet_gguf.server.desk import (
     Desk,
     effort_of,
     messages_of,
-    named_event,
     schema_of,
     text_in,
     unusable,
 )
 from amulet_gguf.server.errors import RequestError, as_json
+from amulet_gguf.server.responding import ResponsesReply
 from amulet_gguf.server.schema import Open, Whole
 from amulet_gguf.settings import Settings
-from amulet_gguf.stream import AnswerStream
 
 PATHS: Final = ("/v1/responses", "/v1/responses/input_tokens")
 _TEXTS: Final = ("input_text", "output_text", "text", "summary_text", "reasoning_text", "refusal")
@@ -72,6 +68,8 @@ class ResponsesRequest(Open):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     profile: str | None = None
+    # llama.cpp's:
+    return_progress: bool | None = None
     # What would need something that is kept:
     previous_response_id: str | None = None
     conversation: Any = None
@@ -102,9 +100,12 @@ class ResponsesRequest(Open):
             messages=messages_of([*messages, *_messages(self.input)]),
             model=self.model,
             profile=self.profile,
-            tools=[_function(tool) for tool in self.tools or ()],
-            tool_choice=_choice(self.tool_choice),
-            parallel_tool_calls=self.parallel_tool_calls is not False,
+            tools=tools_in(
+                [_function(tool) for tool in self.tools or ()],
+                _choice(self.tool_choice),
+                self.parallel_tool_calls,
+            ),
+            has_progress=bool(self.return_progress),
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -204,153 +205,3 @@ def _choice(choice: str | Mapping[str, Any] | None) -> str:
         if not isinstance(choice, str):
             raise unusable("tool_choice must name a function", "tool_choice")
     return choice or "auto"
-
-
-_REASONING: Final = "reasoning"
-_MESSAGE: Final = "message"
-_PARTS: Final = {_REASONING: "reasoning_text", _MESSAGE: "output_text"}
-
-
-def _item(id: str, kind: str, text: str | None, status: str) -> dict[str, Any]:
-    """Return an item of a response's output; without a text, one that has just begun."""
-    content = [] if text is None else [_part(kind, text)]
-    if kind == _REASONING:
-        return {"id": id, "type": kind, "summary": [], "content": content, "status": status}
-    return {"id": id, "type": kind, "role": "assistant", "status": status, "content": content}
-
-
-def _part(kind: str, text: str) -> dict[str, Any]:
-    part = {"type": _PARTS[kind], "text": text}
-    return part if kind == _REASONING else {**part, "annotations": [], "logprobs": []}
-
-
-class ResponsesReply:
-    """The response to one request; a `Reply`."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, model: str, echo: Mapping[str, Any]) -> None:
-        """Begin a response.
-
-        Args:
-            echo: what it repeats of its request.
-        """
-        self.id = f"resp_{secrets.token_hex(24)}"
-        self._model = model
-        self._echo = echo
-        self._created = int(time.time())
-        self._n_events = 0
-        self._output: list[dict[str, Any]] = []
-        self._kind: str | None = None  # of the item being written
-        self._item_id = ""
-        self._text = ""
-        self._reason: FinishReason | None = None
-
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        answer = answers[0]
-        texts = [(_REASONING, answer.thought)] if answer.thought else []
-        for kind, text in [*texts, (_MESSAGE, answer.text)]:
-            status = _status(answer.finish_reason) if kind == _MESSAGE else "completed"
-            self._output.append(_item(_new_id(kind), kind, text, status))
-        return self._response(_status(answer.finish_reason), answer.usage)
-
-    def opening(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
-        for name in ("created", "in_progress"):
-            yield self._event(f"response.{name}", response=self._response("in_progress"))
-
-    def events(self, index: int, piece: Piece) -> Iterable[bytes]:
-        if piece.text:
-            kind = _kind_of(piece.kind)
-            if kind != self._kind:
-                yield from self._end_item("completed")
-                yield from self._begin_item(kind)
-            self._text += piece.text
-            yield self._part_event("delta", delta=piece.text)
-        if piece.finish_reason is not None:
-            self._reason = piece.finish_reason
-
-    def closing(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
-        status = _status(self._reason)
-        if self._kind != _MESSAGE:
-            yield from self._end_item("completed")
-            yield from self._begin_item(_MESSAGE)  # an empty answer is one
-        yield from self._end_item(status)
-        response = self._response(status, streams[0].usage)
-        yield self._event(f"response.{status}", response=response)
-
-    def failed(self, error: RequestError) -> Iterable[bytes]:
-        yield from self._end_item("incomplete")
-        response = self._response("failed")
-        response["error"] = {"code": "server_error", "message": error.message}
-        yield self._event("response.failed", response=response)
-
-    def _begin_item(self, kind: str) -> Iterable[bytes]:
-        self._kind, self._item_id, self._text = kind, _new_id(kind), ""
-        item = _item(self._item_id, kind, None, "in_progress")
-        yield self._event("response.output_item.added", output_index=len(self._output), item=item)
-        yield self._event("response.content_part.added", **self._place, part=_part(kind, ""))
-
-    def _end_item(self, status: str) -> Iterable[bytes]:
-        if self._kind is None:
-            return
-        yield self._part_event("done", text=self._text)
-        yield self._event(
-            "response.content_part.done", **self._place, part=_part(self._kind, self._text)
-        )
-        item = _item(self._item_id, self._kind, self._text, status)
-        yield self._event("response.output_item.done", output_index=len(self._output), item=item)
-        self._output.append(item)
-        self._kind = None
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._item_id, "output_index": len(self._output), "content_index": 0}
-
-    def _part_event(self, what: str, **more: Any) -> bytes:
-        """Return an event of the text being written."""
-        assert self._kind is not None
-        probabilities: dict[str, Any] = {} if self._kind == _REASONING else {"logprobs": []}
-        name = f"response.{_PARTS[self._kind]}.{what}"
-        return self._event(name, **self._place, **more, **probabilities)
-
-    def _event(self, kind: str, **content: Any) -> bytes:
-        number = self._n_events
-        self._n_events += 1
-        return named_event({"type": kind, "sequence_number": number, **content})
-
-    def _response(self, status: str, usage: Usage | None = None) -> dict[str, Any]:
-        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        return {
-            "id": self.id,
-            "object": "response",
-            "created_at": self._created,
-            "status": status,
-            "error": None,
-            "incomplete_details": reason,
-            "model": self._model,
-            "output": list(self._output),
-            "usage": None if usage is None else _counts(usage),
-            **self._echo,
-        }
-
-
-def _new_id(kind: str) -> str:
-    return ("rs_" if kind == _REASONING else "msg_") + secrets.token_hex(24)
-
-
-def _kind_of(kind: Kind) -> str:
-    return _REASONING if kind == "thought" else _MESSAGE
-
-
-def _status(reason: FinishReason | None) -> str:
-    return "incomplete" if reason == "length" else "completed"
-
-
-def _counts(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.thought_tokens},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }

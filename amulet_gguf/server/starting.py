@@ -34,5 +34,5 @@ class Starting:
             response = as_json({"status": "loading", "progress": progress}, 503, _HEADERS)
         else:
             message = f"the model is being loaded: {progress:.0%} is there"
-            response = RequestError(503, message, code="loading").response
+            response = RequestError(503, message, code="loading").response_for(scope["path"])
         await response(scope, receive, send)

@@ -21,9 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Running, is_free, serving, until
 
+from amulet_gguf.engine.answer import Answer, CallPart, Piece, Timings, Usage
 from amulet_gguf.prompts.sandbox import CHATML
 from amulet_gguf.server import answering
 from amulet_gguf.server.guard import Access
+from amulet_gguf.server.ollama import OllamaReply
 from amulet_gguf.service.service import AmuletService
 
 CHAT = "/v1/chat/completions"
@@ -333,7 +335,7 @@ def test_what_ollama_tells_of_models(llama: ollama.Client) -> None:
     shown = llama.show("llama")
     assert shown.modelinfo
     assert shown.modelinfo["llama.context_length"] == 2048
-    assert shown.capabilities == ["completion"]
+    assert shown.capabilities == ["completion", "tools"]
     assert llama.generate("llama").done_reason == "load"
     with pytest.raises(ollama.ResponseError) as refused:
         llama.show("llama:nobody")
@@ -468,7 +470,7 @@ def test_thoughts_in_every_dialect(thinking: Running) -> None:
             chunks = list(llama.chat("x", HI, options=options, stream=True))
             assert "".join(chunk.message.thinking or "" for chunk in chunks).strip() == thought
             assert llama.chat("x", HI, think=False, options=options).message.thinking is None
-            assert llama.show("x").capabilities == ["completion", "thinking"]
+            assert llama.show("x").capabilities == ["completion", "tools", "thinking"]
 
 
 def error_in(path: str, answer: httpx.Response) -> str:
@@ -494,14 +496,18 @@ BAD: list[tuple[str, Any]] = [
     *((path, {**body, "model": "llama:nobody"}) for path, body in STREAMS.items()),
     *((path, {**body, "temperature": "hot"}) for path, body in STREAMS.items()),
     *((path, {**body, "prefer": ["x y"] * 9}) for path, body in STREAMS.items()),
-    *((path, {**body, "tools": [TOOL]}) for path, body in STREAMS.items() if path != CHAT),
+    *(
+        (path, {**body, "tools": [{"type": "nothing"}]})
+        for path, body in STREAMS.items()
+        if path != CHAT
+    ),
     *((path, [1]) for path in STREAMS),
     *((path, [1]) for path in OTHERS),
     ("/v1/responses", {"input": [{"role": "user", "content": [IMAGE]}]}),
     ("/v1/responses", {"input": "word " * 2000}),
     ("/v1/responses", {"input": []}),
     ("/v1/responses", {"input": [{"type": "item_reference", "id": "1"}]}),
-    ("/v1/responses", {"input": [*HI, CALL, {"type": "function_call_output", "output": "x"}]}),
+    ("/v1/responses", {"input": [*HI, {**CALL, "arguments": "{"}]}),
     ("/v1/responses", {"input": "x", "background": True}),
     ("/v1/responses", {"input": "x", "reasoning": {"effort": "heroic"}}),
     ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_schema", "name": "x"}}}),
@@ -541,7 +547,7 @@ BAD: list[tuple[str, Any]] = [
     ("/completion", {"prompt": [5] * 300_000}),
     ("/v1/messages/batches", {}),
     ("/apply-template", {"messages": []}),
-    ("/apply-template", {"messages": HI, "tools": [TOOL]}),
+    ("/apply-template", {"messages": HI, "tools": [{"type": "nothing"}]}),
 ]
 
 
@@ -648,3 +654,98 @@ def test_the_file_of_a_model_may_be_gone(tiny: Tiny, tmp_path: Path) -> None:
         copy.unlink()
         models = llama.list().models
         assert (models[0].model, models[0].size) == ("gone:latest", 0)
+
+
+WEATHER: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "The weather in a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+        "required": ["city"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def caller(tiny: Tiny) -> Iterator[Running]:
+    with serving(tiny("qwen3"), n_ctx=2048) as running:
+        yield running
+
+
+def test_calls_of_functions_in_responses(caller: Running) -> None:
+    asked: dict[str, Any] = {
+        "model": "llama",
+        "input": "How is the weather?",
+        "max_output_tokens": 400,
+        "tools": [{"type": "function", "strict": True, **WEATHER}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "extra_body": {"seed": 3},
+    }
+    with openai.OpenAI(base_url=f"{caller.url}/v1", api_key="x") as client:
+        item: Any
+        (item,) = client.responses.create(**asked).output
+        assert item.type == "function_call"
+        assert json.loads(item.arguments)["city"] in ("Rome", "Oslo")
+        with client.responses.stream(**asked) as stream:
+            kinds = [event.type for event in stream]
+            final: Any = stream.get_final_response()
+        assert final.output[0].arguments == item.arguments
+        assert kinds.count("response.function_call_arguments.done") == 1
+        given = item.model_dump(exclude_none=True)
+        output = {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"}
+        history: Any = [{"role": "user", "content": "How is the weather?"}, given, output]
+        again = client.responses.create(
+            model="llama", input=history, tools=asked["tools"], max_output_tokens=9
+        )
+        assert again.status in ("completed", "incomplete")
+
+
+def test_calls_of_functions_in_messages(caller: Running) -> None:
+    tool = {"name": "get_weather", "input_schema": WEATHER["parameters"]}
+    asked: dict[str, Any] = {
+        "model": "llama",
+        "messages": [{"role": "user", "content": "How is the weather?"}],
+        "max_tokens": 400,
+        "tools": [tool],
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+        "extra_body": {"seed": 3},
+    }
+    with anthropic.Anthropic(base_url=caller.url, api_key="x") as client:
+        whole: Any = client.messages.create(**asked)
+        (block,) = whole.content
+        assert block.type == "tool_use"
+        assert block.input["city"] in ("Rome", "Oslo")
+        assert whole.stop_reason == "tool_use"
+        with client.messages.stream(**asked) as stream:
+            final: Any = stream.get_final_message()
+        assert final.content[0].input == block.input
+        assert final.stop_reason == "tool_use"
+        result = {"type": "tool_result", "tool_use_id": block.id, "content": "sunny"}
+        history: Any = [
+            *asked["messages"],
+            {"role": "assistant", "content": [block.model_dump()]},
+            {"role": "user", "content": [result]},
+        ]
+        tools: Any = [tool]
+        again = client.messages.create(model="x", messages=history, tools=tools, max_tokens=9)
+        assert again.stop_reason in ("end_turn", "max_tokens", "tool_use")
+
+
+def test_calls_of_functions_for_ollama(llama: ollama.Client) -> None:
+    """Its API cannot ask for one; so its form is looked at."""
+    parts = [CallPart(0, "get_weather", ""), CallPart(0, None, '{"city": "Rome"}')]
+    pieces = [*(Piece("", call=part) for part in parts), Piece("", finish_reason="stop")]
+    answer = Answer("", "stop", Usage(1, 0, 1, 9), Timings(0, 0, 0, 0), pieces)
+    reply = OllamaReply("llama:latest", is_chat=True)
+    (call,) = reply.whole([answer])["message"]["tool_calls"]
+    assert call["function"] == {"name": "get_weather", "arguments": {"city": "Rome"}}
+    messages: Any = [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_name": "get_weather"},
+    ]
+    tools: Any = [{"type": "function", "function": WEATHER}]
+    again = llama.chat("llama", messages=messages, tools=tools, options={"num_predict": 9})
+    assert again.done

@@ -64,7 +64,8 @@ class ServerProcess:
         command = [
             sys.executable, "-m", "amulet_gguf", "serve", "--port", "0", "--ready-json", "-m",
             os.environ["PEER_MODEL"], "--n-ctx", str(n_ctx), "--n-batch", str(max(32, self.n_batch)),
-            "--parallel", str(self.n_slots), "--temperature", str(self.temperature), "--seed", str(self.seed),
+            "--parallel", str(self.n_slots), "--temperature", str(self.temperature),
+            "--seed", str(self.seed),
             "--limit-tokens", str(self.n_predict if self.n_predict and self.n_predict > 0 else 4096),
             "-n", str(self.n_predict if self.n_predict and self.n_predict > 0 else 4096),
         ]  # fmt: skip
