@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from amulet_gguf.engine.answer import CallPart
+from amulet_gguf.errors import EngineError
 from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.prompts.grammars import Matcher, closed
 from amulet_gguf.prompts.tools import HERMES, Form, Tools
@@ -140,11 +141,15 @@ class Calling:
             at = self._held.find(way.form.opens)
             is_late = way.form.is_alone and (self._is_said or self._held[:at].strip())
             if at >= 0 and not is_late:
-                before, rest = self._held[:at], self._held[at + len(way.form.opens) :]
-                self._held = ""
-                said = self._said(before)
+                held, self._held = self._held, ""
+                rest = held[at + len(way.form.opens) :]
                 self._begin(way)
-                return said + (self._take(rest, token, rest.encode()) if rest else [])
+                try:
+                    part = self._take(rest, token, rest.encode()) if rest else []
+                except EngineError:  # one token with what no call goes on with
+                    self.grammar, self._n_calls = None, self._n_calls - 1
+                    return self._said(held)
+                return [*self._said(held[:at], before=True), *part]
         keep = self._n_to_hold()
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return self._said(certain)
@@ -198,10 +203,14 @@ class Calling:
         self._n_told = start + len(before) + len(name) + len(between)
         return name
 
-    def _said(self, text: str) -> list[str | CallPart]:
-        """Return text for people: without what closes a call, and white space around calls."""
+    def _said(self, text: str, before: bool = False) -> list[str | CallPart]:
+        """Return text for people: without what closes a call, and white space around calls.
+
+        Args:
+            before: it stands before the call that was begun last.
+        """
         closes = self._way.form.closes.strip()
-        if self.has_called:
+        if self._n_calls > before:
             text = text.replace(closes, "") if closes else text
             text = text if text.strip() else ""
         self._is_said |= bool(text.strip())

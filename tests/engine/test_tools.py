@@ -165,6 +165,20 @@ def test_an_answer_may_be_text_calls_or_both(
     assert followed(amulet, tokens, Tools(FUNCTIONS))[:2] == (text, calls)
 
 
+def test_a_token_that_goes_on_with_something_else_opens_no_call(amulet: Amulet) -> None:
+    opening = amulet.model.tokenize("<tool_call").tolist()
+    merged = next(
+        token
+        for token in range(amulet.model.n_vocab)
+        if (data := amulet.model.token_bytes(token)).startswith(b">") or data == b">"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        spelled = amulet.model.token_bytes
+        patch.setattr(amulet.model, "token_bytes", lambda t: b">x" if t == merged else spelled(t))
+        text, calls, _ = followed(amulet, [*opening, merged], Tools(FUNCTIONS))
+    assert (text, calls) == ("<tool_call>x", [])
+
+
 def test_one_call_is_enough_where_they_are_not_parallel(amulet: Amulet) -> None:
     tokens = amulet.model.tokenize(ONE.removesuffix("\n</tool_call>")).tolist()
     assert followed(amulet, tokens, Tools(FUNCTIONS, is_parallel=False))[2].is_over
