@@ -374,7 +374,8 @@ def test_the_key_changes_with_whatever_could_change_the_result() -> None:
         "repeat_last_n": 3, "presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {"5": 1},
         "seed": 0, "template_args": {"a": 1}, "date": "2026-01-31",
         "think": True, "think_effort": "low", "think_tokens": 9,
-        "align_thoughts": True,
+        "align_thoughts": True, "align_tool_calls": True, "min_tokens": 1,
+        "schema": {"type": "object"}, "regex": "a", "grammar": 'root ::= "a"',
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(Settings)}
     items: list[dict[str, Any]] = [

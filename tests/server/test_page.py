@@ -521,6 +521,7 @@ def test_settings_go_before_the_servers_and_are_kept(page: Any) -> None:
     ask(page)
     wait_for_end(page)
     page.reload()
+    page.locator(".turn").first.wait_for()  # it is shown again once the server has told of itself
     ask(page, "Again")
     page.locator(".turn").nth(1).get_by_text("tokens,").wait_for()
     for body in bodies:
