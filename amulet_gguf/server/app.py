@@ -88,6 +88,7 @@ def guarded(app: ASGIApp, access: Access, count: Callable[[str, int], None]) -> 
             allow_origins=list(access.allow_origins),
             allow_methods=["GET", "HEAD", "POST", "PATCH", "DELETE", "OPTIONS"],
             allow_headers=["*"],  # clients send many of their own
+            allow_credentials=True,  # some send them whether there are any or not
             allow_private_network=True,
         )
     return Guard(inner, access, count)
@@ -184,6 +185,7 @@ class _Api:
     ) -> Response:
         asked = body.asked()
         settings = self._served.settings_for(asked)
+        is_verbose = isinstance(body, ChatRequest) and bool(body.verbose)
         has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         reply = OpenAIReply(
             self._served.named(asked.model)[0],
@@ -193,6 +195,7 @@ class _Api:
             bool(body.explain),
             asked.n,
             has_usage,
+            await self.desk.prompt(asked, settings) if is_verbose else None,
         )
         asked = dataclasses.replace(asked, n_alternatives=reply.n_alternatives)
         return await self._answering.answer(

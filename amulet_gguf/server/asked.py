@@ -66,8 +66,6 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "include_stop_str_in_output": (False,),
     "prompt_logprobs": (0,),
     "post_sampling_probs": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "adaptive_target": (-1,),
     "lora": ([],),
     "images": ([],),

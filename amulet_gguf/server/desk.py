@@ -70,6 +70,18 @@ class Desk:
         """
         return await asyncio.wrap_future(self.served.service.look(make))
 
+    async def prompt(self, asked: Asked, settings: Settings) -> str:
+        """Return a conversation as the model's template renders it, without preferences; errors as
+        `look`."""
+
+        def rendered(amulet: Amulet) -> str:
+            planner = amulet.planner
+            base = planner.base(None, asked.messages, settings)
+            began = planner.template.beginnings.of(base)
+            return planner.transcripts(settings, asked.tools).template.encode(base, None, began).prompt
+
+        return await self.look(rendered)
+
     async def count(self, asked: Asked) -> int:
         """Return the tokens of a conversation's prompt, as an answer's `usage` would have them.
 

@@ -101,7 +101,8 @@ class Guard:
                     logger.warning("refused: %s", error.message)
                 response = error.response_for(scope["path"])
                 origin = Headers(scope=scope).get("origin")
-                if error.status == 403 and origin is not None:  # its page may read why, and no more
+                is_asked = error.status == 403 and scope["method"] != "OPTIONS"
+                if is_asked and origin is not None:  # its page may read why, and no more
                     response.headers["access-control-allow-origin"] = origin
                 await response(scope, receive, watched)
             else:

@@ -72,13 +72,7 @@ def routes(desk: Desk) -> APIRouter:
         asked = Asked(body.changes(), conversation(body.messages), tools=tools)
         _, settings = desk.settings_for(asked)
 
-        def applied(amulet: Amulet) -> str:
-            planner = amulet.planner
-            base = planner.base(None, asked.messages, settings)
-            began = planner.template.beginnings.of(base)
-            return planner.transcripts(settings, tools).template.encode(base, None, began).prompt
-
-        return as_json({"prompt": await desk.look(applied)})
+        return as_json({"prompt": await desk.prompt(asked, settings)})
 
     @router.post("/v1/chat/completions/input_tokens")
     async def count(body: ChatRequest) -> Response:
@@ -91,13 +85,11 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.get("/slots")
     async def slots() -> Response:
-        # Programs look here for whether it is busy: answers without preferences fill one each. What is
-        # asked and answered in them is nobody else's business.
+        # Programs look here for whether it is busy. What is asked is nobody else's business.
         n_busy = desk.served.service.n_live
         n_ctx = desk.amulet.engine.n_ctx
         each = [
-            {"id": i, "n_ctx": n_ctx, "is_processing": i < n_busy}
-            for i in range(desk.served.n_sequences)
+            {"id": i, "n_ctx": n_ctx, "is_processing": i < n_busy} for i in range(desk.served.n_slots)
         ]
         return as_json(each)
 
@@ -186,7 +178,7 @@ def _props(desk: Desk) -> dict[str, Any]:
     params = told(served.settings, 0, False)
     return {
         "default_generation_settings": {"n_ctx": amulet.engine.n_ctx, "params": params},
-        "total_slots": served.n_sequences,
+        "total_slots": served.n_slots,
         "model_alias": served.name,
         "model_path": model.path.name,  # where it lies is the owner's business
         "modalities": {"vision": False, "audio": False},

@@ -84,6 +84,7 @@ class OpenAIReply:
         explain: add what realignment did to each token.
         n: answers to each prompt.
         has_usage: a stream ends with its counts.
+        prompt: to be told with the answer, or None.
     """
 
     model: str
@@ -93,6 +94,7 @@ class OpenAIReply:
     explain: bool = False
     n: int = 1
     has_usage: bool = False
+    prompt: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -144,7 +146,14 @@ class OpenAIReply:
             choices.append(choice)
         usage = usage_of((answer.usage for answer in answers), self.n)
         timings = timings_of(answers[0].usage, answers[0].timings)
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage, "timings": timings}
+        verbose = {} if self.prompt is None else {"__verbose": {"prompt": self.prompt}}
+        return {
+            **self._head("chat.completion"),
+            "choices": choices,
+            "usage": usage,
+            "timings": timings,
+            **verbose,
+        }
 
     def opening(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
         """Yield the events that begin each choice."""

@@ -128,6 +128,9 @@ class ChatRequest(_Request):
     prediction: Prediction | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    verbose: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -150,6 +153,12 @@ class ChatRequest(_Request):
         Raises:
             RequestError: a field that is not known or not possible here.
         """
+        if self.add_generation_prompt and self.continue_final_message:
+            message = "add_generation_prompt and continue_final_message exclude each other"
+            raise RequestError(400, message, param="continue_final_message")
+        if self.continue_final_message and self.messages and self.messages[-1].role != "assistant":
+            message = "continue_final_message needs a last message of the assistant's"
+            raise RequestError(400, message, param="continue_final_message")
         draft = None if self.prediction is None else text_of(self.prediction.content)
         choice = self.tool_choice
         tools = tools_in(

@@ -42,6 +42,11 @@ class Served:
     is_strict: bool = False
 
     @property
+    def n_slots(self) -> int:
+        """Answers with one preference each that are written at once."""
+        return max(1, self.n_sequences // 2)
+
+    @property
     def profiles(self) -> Sequence[str]:
         return [] if self.config is None else list(self.config.profiles)
 

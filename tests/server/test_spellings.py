@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -278,3 +279,31 @@ def test_tokens_that_were_forced_have_probabilities_too(http: httpx.Client) -> N
         http, regex="The sea is wide[.!]", max_tokens=30
     )
     assert entries[1]["logprob"] == 0
+
+
+def test_a_last_message_of_the_assistants_is_gone_on_with_by_any_name(http: httpx.Client) -> None:
+    begun = [*HI, {"role": "assistant", "content": "So"}]
+    plain = text(http, messages=begun)
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    assert text(http, messages=begun, **more) == plain
+    for wrong in (
+        {"messages": begun, "continue_final_message": True, "add_generation_prompt": True},
+        {"messages": HI, "continue_final_message": True},
+    ):
+        answer = http.post(CHAT, json={**ASKED, **wrong})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "continue_final_message"
+
+
+def test_the_prompt_is_told_to_who_wants_to_see_it(http: httpx.Client) -> None:
+    prompt = ask(http, verbose=True)["__verbose"]["prompt"]
+    assert prompt == http.post("/apply-template", json={"messages": HI}).json()["prompt"]
+    assert "How are you?" in prompt
+    assert "__verbose" not in ask(http)
+
+
+def test_several_answers_all_have_the_form(http: httpx.Client) -> None:
+    whole = ask(http, n=3, regex="[a-c]{2,5}")
+    found = [choice["message"]["content"] for choice in whole["choices"]]
+    assert all(re.fullmatch("[a-c]{2,5}", each) for each in found)
+    assert [choice["finish_reason"] for choice in whole["choices"]] == ["stop"] * 3

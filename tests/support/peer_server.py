@@ -11,6 +11,7 @@ import os
 import re  # noqa: F401  (tests take these from here)
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,25 @@ from typing import Any, Iterable, List, Literal, Set, Tuple  # noqa: F401, UP035
 import httpx
 
 TEMPLATES = Path(os.environ["PEER_TEMPLATES"])
+#: Of pages that may ask; this server takes no others.
+PAGES = ("http://localhost", "http://web.mydomain.fr", "http://origin")
+ORIGINS = (
+    "http://localhost", "http://localhost:8080", "http://127.0.0.1", "http://127.0.0.1:3000",
+    "http://[::1]", "http://[::1]:3000",
+)  # fmt: skip
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content }}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+COMMAND_R = (
+    "{% for m in messages %}<|START_OF_TURN_TOKEN|>"
+    "<|{{ {'assistant': 'CHATBOT'}.get(m.role, m.role)|upper }}_TOKEN|>"
+    "{{ m.content }}<|END_OF_TURN_TOKEN|>{% endfor %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+)
 
 
 class ServerResponse:
@@ -58,19 +78,25 @@ class ServerProcess:
     def start(self, timeout_seconds: int = 60) -> None:
         if ServerProcess.running is not None:
             ServerProcess.running.stop()
+        self.folder = Path(tempfile.mkdtemp(dir="."))
+        model = self.folder / f"{self.model_alias.split(',')[0]}.gguf"
+        model.symlink_to(os.environ["PEER_MODEL"])
         if self.chat_template is not None:
-            raise RuntimeError("a template by name: this server takes a file")
+            self.chat_template_file = str(self._named_template(self.chat_template))
         n_ctx = self.n_ctx if self.kv_unified else self.n_ctx // self.n_slots
         command = [
             sys.executable, "-m", "amulet_gguf", "serve", "--port", "0", "--ready-json", "-m",
-            os.environ["PEER_MODEL"], "--n-ctx", str(n_ctx), "--n-batch", str(max(32, self.n_batch)),
+            str(model), "--n-ctx", str(n_ctx), "--n-batch", str(max(32, self.n_batch)),
             "--parallel", str(self.n_slots), "--temperature", str(self.temperature),
             "--seed", str(self.seed),
             "--limit-tokens", str(self.n_predict if self.n_predict and self.n_predict > 0 else 4096),
             "-n", str(self.n_predict if self.n_predict and self.n_predict > 0 else 4096),
         ]  # fmt: skip
         if self.chat_template_file is not None:
-            command += ["--chat-template", str(TEMPLATES / Path(self.chat_template_file).name)]
+            file = Path(self.chat_template_file)
+            command += ["--chat-template", str(file if file.exists() else TEMPLATES / file.name)]
+        for origin in ORIGINS if self.cors_origins == "localhost" else PAGES:
+            command += ["--allow-origin", origin]
         environment = dict(os.environ)
         if self.api_key is not None:
             environment["AMULET_API_KEY"] = self.api_key
@@ -87,6 +113,17 @@ class ServerProcess:
         while httpx.get(self.make_url("/health")).status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+    def _named_template(self, name: str) -> Path:
+        """Return a file for a template that llama.cpp knows by name, or that is written out."""
+        known = {
+            "chatml": CHATML,
+            "llama3": LLAMA3,
+            "command-r": COMMAND_R,
+        }
+        path = self.folder / "template.jinja"
+        path.write_text(known.get(name, name), "utf-8")
+        return path
 
     def stop(self) -> None:
         if self.process is not None:
@@ -109,6 +146,8 @@ class ServerProcess:
     ) -> ServerResponse:
         import requests
 
+        if self.debug and isinstance(data, dict) and "/chat/" in path:
+            data = {**data, "verbose": True}
         heads = {name: value for name, value in (headers or {}).items() if value is not None}
         response = requests.request(
             method, self.make_url(path, host), headers=heads, json=data, timeout=timeout
