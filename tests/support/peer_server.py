@@ -6,6 +6,7 @@ Its options that are none here are passed over; where a test depends on one, it 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re  # noqa: F401  (tests take these from here)
@@ -198,6 +199,12 @@ class ServerProcess:
                         calls[part["index"]]["function"][name] += part["function"].get(name) or ""
         message = {"role": "assistant", "content": text or None}
         return {"choices": [{"message": message | ({"tool_calls": calls} if calls else {})}]}
+
+
+@atexit.register
+def _stop() -> None:
+    if ServerProcess.running is not None:
+        ServerProcess.running.stop()
 
 
 class ServerPreset:
