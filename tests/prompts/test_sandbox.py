@@ -45,7 +45,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where limits of memory are known to hold")
 def test_bombs_are_refused_within_time_and_memory() -> None:
-    """Of those that only time ends, two are tried: all of them take two seconds each."""
+    """Every ninth of them, and of those that only time ends one: each takes two seconds."""
     program = """
         import json, resource, sys
         from datetime import datetime
@@ -53,10 +53,10 @@ def test_bombs_are_refused_within_time_and_memory() -> None:
         from amulet_gguf.errors import PromptError, TemplateLimitError
         from amulet_gguf.prompts import sandbox
         slow, allowed = 0, []
-        for bomb in BOMBS[int(sys.argv[1])::4]:
+        for bomb in BOMBS[int(sys.argv[1])::9]:
             if "for b in" in bomb or "macro" in bomb or "lipsum" in bomb:
                 slow += 1
-                if slow > 2:
+                if slow > 1:
                     continue
             try:
                 sandbox.Renderer(bomb).render([{"role": "user", "content": "x"}], datetime.now(), {})
