@@ -47,7 +47,7 @@ class Writing:
         self.thought_limit = None if rule is None else rule.max_tokens
         self._n_thought = 0  # tokens, marks included
         self._held: list[int] = []  # the last tokens, while they may be the beginning of a mark
-        self._grammar_of_text = None if request.grammar is None else request.grammar.anew()
+        self._begin_grammar()
         calls = request.calls
         self._calls = None if calls is None else calls.follows.anew()
         self._of_calls = None if calls is None or calls.mixture is None else calls.mixture.anew()
@@ -73,7 +73,10 @@ class Writing:
     def _grammar(self) -> Grammar | None:
         """What the next token obeys, if it is not of a thought."""
         calls = self._calls
-        return self._grammar_of_text if calls is None or calls.grammar is None else calls.grammar
+        if calls is not None and calls.grammar is not None:
+            return calls.grammar
+        is_over = self._is_off_grammar or (calls is not None and calls.has_called)
+        return None if is_over else self._grammar_of_text
 
     def now(self, mixture: Mixture) -> Mixture:
         """Return the mixture of the next token: this one, if it is not of a thought or of a call."""
@@ -151,13 +154,12 @@ class Writing:
             logits[:, request.end_tokens] = FORBIDDEN
         if self._state == "thought":
             return
-        grammar, is_needed = self._grammar, self._must_call
-        n, going_on = len(self._held), self._going_on()
-        if is_needed or (n and grammar is not None and going_on):
+        grammar, going_on = self._grammar, self._going_on()
+        if self._must_call or (self._is_off_grammar and going_on):
             kept = logits[:, going_on]
             logits[:] = FORBIDDEN
             logits[:, going_on] = kept
-        elif grammar is not None and n == 0:
+        elif grammar is not None:
             grammar.forbid(logits, going_on)
 
     @property
@@ -183,6 +185,12 @@ class Writing:
     ) -> None:
         self._written.append(token)
         data, thoughts = detokenizer.token_bytes(token), self._thoughts
+        was_thinking, grammar = self._state == "thought", self._grammar_of_text
+        is_whole = False
+        if grammar is not None and grammar is self._grammar and not was_thinking:
+            # What is written may still turn out to open a thought or a call.
+            self._is_off_grammar = not grammar.accepts(token)
+            is_whole = not self._is_off_grammar and grammar.push(token, data)
         if thoughts is not None and thoughts.state != "answer":
             is_of_mark = thoughts.may_open(token) or thoughts.has_thought
             found = thoughts.push(token)
@@ -194,16 +202,18 @@ class Writing:
                 self._n_thought += 1
             if is_of_mark and not data:
                 changed, explanation = False, None
-        is_whole = False
+        if was_thinking and data and grammar is not None and self._state == "answer":
+            is_whole = grammar.push(token, data)  # one token with the end of the thought
         if self._calls is not None and self._state == "answer":
-            data, is_whole = self._take_calls(self._calls, token, data)
+            data = self._take_calls(self._calls, token, data)
+            is_whole |= self._calls.is_over
             if self._is_calling or not data:
                 changed, explanation = False, None
-        elif self._grammar is not None and data:
-            is_whole = self._grammar.push(token, data)
         is_held = thoughts is not None and thoughts.holds
         is_held |= self._calls is not None and self._calls.holds
         self._held = [*self._held, token] if is_held else []
+        if self._state == "thought" or (self._is_off_grammar and not is_held):
+            self._begin_grammar()  # what was written was no text
         self._facts.push(data)
         kind: Kind = "thought" if self._state == "thought" else "call" if self._is_calling else "answer"
         piece = Piece(self._text.push(data), token, changed, None, explanation, kind)
@@ -216,14 +226,16 @@ class Writing:
         else:
             self.pieces.append(piece)
 
-    def _take_calls(self, calls: Calls, token: int, data: bytes) -> tuple[bytes, bool]:
-        """Return what of a token is text, and whether nothing may follow; calls become pieces."""
+    def _begin_grammar(self) -> None:
+        grammar = self.request.grammar
+        self._grammar_of_text = None if grammar is None else grammar.anew()
+        self._is_off_grammar = False
+
+    def _take_calls(self, calls: Calls, token: int, data: bytes) -> bytes:
+        """Return what of a token is text; calls become pieces."""
         found = calls.push(token, data)
         self._add_calls(found)
-        text = "".join(each for each in found if isinstance(each, str)).encode()
-        grammar = None if calls.has_called else self._grammar_of_text
-        is_whole = grammar is not None and bool(text) and grammar.push(token, text)
-        return text, is_whole or calls.is_over
+        return "".join(each for each in found if isinstance(each, str)).encode()
 
     def _add_calls(self, found: Sequence[str | CallPart]) -> None:
         for part in found:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from amulet_gguf.engine.answer import CallPart
 from amulet_gguf.errors import EngineError
@@ -33,13 +33,16 @@ class Way:
 
 
 def ways(
-    form: Form, tools: Tools, vocabulary: Vocabulary, compiled: Callable[[str], Matcher]
+    form: Form,
+    tools: Tools,
+    vocabulary: Vocabulary,
+    compiled: Callable[[str, Mapping[str, Any]], Matcher],
 ) -> list[Way]:
     """Return how calls may begin: as the family writes them, and with models that forget the tags
     around them, as JSON that an answer begins with.
 
     Args:
-        compiled: gives the matcher of a grammar in llguidance's dialect of Lark.
+        compiled: gives the matcher of a grammar in llguidance's dialect of Lark, made of schemas.
 
     Raises:
         SettingError: the schema of a function's arguments is not valid or not supported.
@@ -49,13 +52,13 @@ def ways(
         f"%json {json.dumps(closed(schema))} {_lark(form.after, vocabulary)}"
         for name, schema in tools.callable.items()
     ]
-    found = [Way(form, compiled(_any_of(rules)))]
+    found = [Way(form, compiled(_any_of(rules), tools.callable))]
     if form.between == HERMES.between and not tools.is_needed and len(rules) <= _MAX_BARE:
         for name, schema in tools.callable.items():
             opens = json.dumps({"name": name})[:-1] + ', "arguments":'
             bare = Form(opens, "", "", "}", "", (), is_alone=True)
             rule = f'" "? %json {json.dumps(closed(schema))} "}}"'
-            found.append(Way(bare, compiled(_any_of([rule])), name))
+            found.append(Way(bare, compiled(_any_of([rule]), {name: schema}), name))
     return found
 
 

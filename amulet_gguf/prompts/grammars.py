@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Final
 
@@ -26,6 +28,10 @@ _MERGING: Final = frozenset({
 })  # fmt: skip
 _CHOICES: Final = frozenset({"anyOf", "oneOf", "$ref"})
 _MAX_SEARCHED: Final = 256  # parts of a schema that are compiled to find the one at fault
+_MAX_SEARCH: Final = 0.3  # seconds of that: whoever else wants something planned waits
+#: References within references, or rules of a grammar: the library follows them on the stack.
+_MAX_DEPTH: Final = 300
+_RULE: Final = re.compile(r"^\s*[\w?!@.-]+\s*(?:::=|:)", re.MULTILINE)
 
 
 class Matcher:
@@ -56,6 +62,10 @@ class Matcher:
         for token in also:
             self._allowed[token // 32] |= np.int32(np.uint32(1 << token % 32).view(np.int32))
         forbid(logits, self._allowed)
+
+    def accepts(self, token: int) -> bool:
+        """Tell whether a token can come next."""
+        return bool(self._matcher.validate_tokens([token]) == 1)
 
     def push(self, token: int, data: bytes) -> bool:
         """Take a token, of which `data` belongs to the answer; return whether nothing can follow.
@@ -97,27 +107,51 @@ class Grammars:
                 return self._compiled(name, text)
         return None
 
-    def of_calls(self, lark: str) -> Matcher:
+    def of_calls(self, lark: str, schemas: Mapping[str, Any]) -> Matcher:
         """Return the grammar of calls of functions.
+
+        Args:
+            schemas: that it was made of, by the names of the functions.
 
         Raises:
             SettingError: the schema of one of them is not valid or not supported.
         """
-        return self._compiled("lark", lark)
+        try:
+            return self._compiled("lark", lark)
+        except SettingError as error:
+            wrong = (self._error_in(name, schema) for name, schema in schemas.items())
+            raise SettingError(f"tools: {next(filter(None, wrong), error)}", "tools") from None
+
+    def _error_in(self, name: str, schema: Any) -> str:
+        """Return what is wrong with the schema of a function, "" for nothing."""
+        try:
+            self._compile("schema", json.dumps(schema))
+        except SettingError as error:
+            return f"{name}: {error}"
+        return ""
 
     def _compile(self, name: str, text: str) -> Matcher:
         matcher, error = self._tried(name, text)
         if error and name == "schema":
-            error += f" (at {_place(json.loads(text), lambda part: self._tried(name, part)[1])})"
+            place = _place(json.loads(text), lambda part: self._tried(name, part)[1])
+            error += f" (at {place})" if place else ""
+        if not error:
+            first = matcher.deep_copy()
+            first.compute_bitmask()
+            if first.is_error():
+                error = "nothing can be written that obeys it, or it is too complex"
         if error:
-            name = "tools" if name == "lark" else name
             raise SettingError(f"{name}: {error}", name)
         return Matcher(matcher, self._model)
 
     def _tried(self, name: str, text: str) -> tuple[Any, str]:
         """Return a matcher, and what is wrong with it, "" for nothing."""
-        from llguidance import LLMatcher, grammar_from
+        from llguidance import LLMatcher, LLParserLimits, grammar_from
 
+        if _depth_of(name, text) > _MAX_DEPTH:
+            return None, f"it refers or nests more than {_MAX_DEPTH} deep, or has too many rules"
+        # A step of an answer makes others wait.
+        limits = LLParserLimits(step_max_items=10_000, verbose_errors=False)
         try:
             if name == "schema":
                 options: Any = {"whitespace_pattern": _WHITE_SPACE}
@@ -129,8 +163,8 @@ class Grammars:
                 grammar = LLMatcher.grammar_from_regex(text)
             else:
                 grammar = grammar_from("gbnf", text)  # Lark's, too
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        except (ValueError, RuntimeError) as error:
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        except (ValueError, RuntimeError, RecursionError) as error:
             return None, _line(str(error))
         return matcher, _line(matcher.get_error())
 
@@ -159,8 +193,33 @@ class _Tokenizer:
         return found
 
 
+def _depth_of(name: str, text: str) -> int:
+    """Return how deep the library would recurse for a grammar, at most: the rules of one, or the
+    longest way through a schema along what is nested and what is referred to."""
+    if name == "schema":
+        schema = json.loads(text)
+        return _schema_depth(schema, schema, {}, 0)
+    return len(_RULE.findall(text)) if name == "grammar" else 0
+
+
+def _schema_depth(part: Any, root: Any, known: dict[str, int], n: int) -> int:
+    if not isinstance(part, dict) or n > _MAX_DEPTH:
+        return n
+    deepest = max((_schema_depth(child, root, known, n + 1) for _, child in _parts(part)), default=n)
+    reference = part.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/") and known.get(reference, -1) < n:
+        known[reference] = n  # a way that is no longer finds nothing deeper
+        target = root
+        for step in reference[2:].split("/"):
+            target = target.get(step) if isinstance(target, dict) else None
+        deepest = max(deepest, _schema_depth(target, root, known, n + 1))
+    return deepest
+
+
 def _place(schema: Any, error_in: Callable[[str], str]) -> str:
-    """Return where a schema that does not compile goes wrong, as a path of names."""
+    """Return where a schema that does not compile goes wrong, as a path of names; "" if it takes too
+    long to find."""
+    end = time.monotonic() + _MAX_SEARCH
     shared = {name: schema[name] for name in _DEFINITIONS if name in schema}
     path: list[str] = []
     n_left, part = _MAX_SEARCHED, schema
@@ -169,13 +228,17 @@ def _place(schema: Any, error_in: Callable[[str], str]) -> str:
         is_found = True
         for steps, child in _parts(part):
             n_left -= 1
-            if n_left < 0:
-                break
+            if n_left < 0 or time.monotonic() > end:
+                return ""
             if isinstance(child, dict) and error_in(json.dumps({**shared, **child})):
                 path += steps
                 part, is_found = child, False
                 break
-    return ".".join(path) or "the top"
+    return _shortened(".".join(path)) or "the top"
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= 200 else f"{path[:100]}…{path[-99:]}"
 
 
 def closed(schema: Any) -> Any:
@@ -220,4 +283,6 @@ def _parts(schema: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _line(message: str) -> str:
     """Return an error of several lines as one, without what is for those who mend the library."""
-    return " ".join(message.partition("<state>")[0].split())[:300]
+    for mark in ("<state>", "<backtrace>"):
+        message = message.partition(mark)[0]
+    return " ".join(message.split())[:300]

@@ -100,6 +100,8 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
                 arguments = json.loads(arguments or "{}")
             except (ValueError, RecursionError):
                 raise PromptError(f"the arguments of a call of {shown(name)} are not JSON") from None
+        if is_deep(arguments):
+            raise PromptError(f"the arguments of a call of {shown(name)} are nested too deeply")
         function = {"name": name, "arguments": arguments}
         found.append({"id": str(call.get("id") or "0"), "type": "function", "function": function})
     return found
@@ -119,6 +121,14 @@ def _text(role: str, content: Any) -> str:
         if not is_text or not isinstance(part.get("text"), str):
             raise PromptError(f"a part of a message must be a text, got {shown(part)}")
     return "".join(part["text"] for part in content)
+
+
+def is_deep(value: Any, limit: int = 100) -> bool:
+    """Tell whether a JSON value is nested deeper than what goes through it can follow."""
+    if not limit:
+        return True
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(is_deep(each, limit - 1) for each in inner)
 
 
 def split(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:

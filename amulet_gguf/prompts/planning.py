@@ -9,6 +9,7 @@ from typing import Any
 
 from amulet_gguf.engine.drafts import Drafts, Source
 from amulet_gguf.engine.request import CallRule, Request, ThoughtRule
+from amulet_gguf.errors import SettingError
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.echo import echo_tokens
@@ -106,6 +107,8 @@ class Planner:
             PromptError: not exactly one is given, or it cannot be made into a prompt.
         """
         settings = self.resolve(settings)
+        if tools is not None and not isinstance(tools, Tools):
+            raise SettingError(f"tools must be amulet_gguf.Tools, got {type(tools).__name__}", "tools")
         calls_plainly = tools is not None and not settings.align_tool_calls
         needed = _realignment(settings, is_adjustable or calls_plainly)
         on_end: Callable[[Sequence[int]], None] | None = None

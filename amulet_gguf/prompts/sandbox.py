@@ -38,6 +38,7 @@ _TRUSTED: Final = frozenset(
     }
 )
 _MAX_SECONDS: Final = 2.0  # a template works for milliseconds
+_AT_ONCE: Final = 0.1  # seconds, within which a process that was there is found to be none
 _MAX_START: Final = 60.0  # seconds until the process is ready; it takes a tenth of one
 _START: Final = (
     "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -119,9 +120,13 @@ class _Process:
 
     def _ask(self, request: bytes) -> dict[str, str]:
         try:
+            was_running = self._running is not None
             process = self._ready()
             began = time.monotonic()
             reply = _within(_MAX_SECONDS, process, request)
+            if not reply and was_running and time.monotonic() - began < _AT_ONCE:
+                self.close()  # somebody ended it while it was idle
+                reply = _within(_MAX_SECONDS, self._ready(), request)
         except BaseException:  # Ctrl-C: the reply to this is not that to the next one
             self.close()
             raise
@@ -138,7 +143,11 @@ class _Process:
     def _ready(self) -> subprocess.Popen[bytes]:
         if self._running is None or self._running.poll() is not None:
             self.close()
-            self._running = _start()
+            try:
+                self._running = _start()
+            except OSError as error:
+                why = error.strerror
+                raise PromptError(f"no process can be started for the chat template: {why}") from None
             if not _within(_MAX_START, self._running, b""):
                 raise PromptError("the process that renders chat templates could not be started")
         return self._running

@@ -124,7 +124,10 @@ class ChatTemplate:
         other._tools = tools
         if tools is not None and self._knows_tools:
             names = {**names, "tools": tools.described}
-        other._names = {name: self._harmless(value) for name, value in names.items()}
+        try:
+            other._names = {name: self._harmless(value) for name, value in names.items()}
+        except RecursionError:
+            raise PromptError("a value for the chat template is nested too deeply") from None
         other._date = date
         other._skips_thoughts = skips_thoughts
         return other
@@ -147,6 +150,14 @@ class ChatTemplate:
         Raises:
             PromptError: the template refuses the conversation, fails, or takes too long.
         """
+        try:
+            return self._encoded(messages, known, began)
+        except RecursionError:
+            raise PromptError("a value or a call in the messages is nested too deeply") from None
+
+    def _encoded(
+        self, messages: Sequence[Mapping[str, Any]], known: Encoded | None, began: datetime | None
+    ) -> Encoded:
         asked, begun = split(messages)
         now = datetime.fromisoformat(self._date) if self._date else began or self.beginnings.of(messages)
         text = self._rendered(asked, now)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from amulet_gguf.errors import SettingError, shown
+from amulet_gguf.prompts.messages import is_deep
 
 _NAME: Final = re.compile(r"[A-Za-z_][\w.-]{0,63}")
 _MAX_TOOLS: Final = 128
+_CHOICES: Final = ("auto", "none", "required")  # not to be told from functions of these names
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Tools:
     is_parallel: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.functions, Sequence) or isinstance(self.functions, str):
+            raise SettingError(f"tools: expected functions, got {shown(self.functions)}", "tools")
         if not 1 <= len(self.functions) <= _MAX_TOOLS:
             raise SettingError(f"tools: 1 to {_MAX_TOOLS} functions, got {len(self.functions)}", "tools")
         for i, each in enumerate(self.functions):
@@ -118,11 +122,22 @@ class Tools:
             name = function.get("name")
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise SettingError(f"tools.{i}.function.name: no name is {shown(name)}", "tools")
-            if not isinstance(function.get("parameters", {}), (Mapping, type(None))):
-                raise SettingError(f"tools.{i}.function.parameters: expected a JSON schema", "tools")
+            parameters = function.get("parameters") or {}
+            if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
+                message = f"tools.{i}.function.parameters: expected a JSON schema of an object"
+                raise SettingError(message, "tools")
+            if name in _CHOICES:
+                raise SettingError(f"tools.{i}.function.name: {name} is a choice of tools", "tools")
+        if any(map(is_deep, self.functions)):
+            raise SettingError("tools: a function is nested too deeply", "tools")
+        try:
+            json.dumps(list(map(dict, self.functions)), allow_nan=False)
+        except (TypeError, ValueError):
+            raise SettingError("tools: expected JSON", "tools") from None
         if len(self.schemas) != len(self.functions):
             raise SettingError("tools: two of them have one name", "tools")
-        if self.choice not in ("auto", "required") and self.choice not in self.schemas:
+        is_known = isinstance(self.choice, str) and self.choice in ("auto", "required", *self.schemas)
+        if not is_known:
             raise SettingError(f"tool_choice: there is no function {shown(self.choice)}", "tool_choice")
 
     def __eq__(self, other: object) -> bool:

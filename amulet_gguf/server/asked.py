@@ -127,6 +127,8 @@ def tools_in(
     Raises:
         SettingError: see `Tools`.
     """
+    if not functions and choice not in (None, "auto", "none"):
+        raise RequestError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
     if not functions or choice == "none":
         return None
     return Tools(functions, choice or "auto", is_parallel is not False)

@@ -129,7 +129,7 @@ class Guard:
         finally:
             self._count(scope["path"], status)
             took = time.perf_counter() - begin
-            path = scope["path"].encode("ascii", "backslashreplace").decode()[:200]
+            path = scope["path"].encode("unicode_escape").decode()[:200]
             logger.info("%s %s %s %.3f s", scope["method"], path, status or "-", took)
 
     def _check(self, scope: Scope) -> None:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 from amulet_gguf import Amulet, Answer, Settings
 from amulet_gguf.engine.request import Request
-from amulet_gguf.errors import EngineError, SettingError
+from amulet_gguf.errors import SettingError
 from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.mixture import Mixture
 from amulet_gguf.method.sampling import forbid
+from amulet_gguf.prompts import grammars
 from amulet_gguf.prompts.grammars import Grammars
 from amulet_gguf.prompts.planning import Planner
 
@@ -239,13 +240,64 @@ def test_what_is_not_supported_names_the_place(
     assert len(str(error.value)) < 700
 
 
-@pytest.mark.parametrize("options", [{"grammar": "root ::= root"}, {"schema": {"$ref": "#"}}])
-def test_what_nobody_can_obey_is_an_error_of_that_answer_alone(
-    amulet: Amulet, options: dict[str, Any]
-) -> None:
-    with pytest.raises(EngineError, match="nothing can be written that obeys it"):
+@pytest.mark.parametrize(
+    "options", [{"grammar": "root ::= root"}, {"schema": {"$ref": "#"}}, {"regex": r"[^\s\S]"}]
+)
+def test_what_nobody_can_obey_is_refused(amulet: Amulet, options: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="nothing can be written that obeys it"):
         amulet.generate("Hi", **options)
     assert amulet.generate("Hi", max_tokens=2).usage.completion_tokens
+
+
+def chain(n: int, **inner: Any) -> dict[str, Any]:
+    """A schema of n references, one within the other."""
+    parts = {
+        f"d{i}": {"type": "object", "properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(n)
+    }
+    return {"$defs": {**parts, f"d{n}": inner or {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schema": chain(1000)},  # 75 KB that ended the process: the library follows them on the stack
+        {
+            "schema": {
+                "$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(4000)},
+                "$ref": "#/$defs/d0",
+            }
+        },
+        {"grammar": "".join(f'r{i}: "a" r{i + 1}\n' for i in range(4000)) + 'r4000: "a"\nstart: r0'},
+        {
+            "grammar": "".join(f'r{i} ::= "a" r{i + 1}\n' for i in range(4000))
+            + 'r4000 ::= "a"\nroot ::= r0'
+        },
+    ],
+)
+def test_what_is_followed_too_deep_is_refused(amulet: Amulet, options: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="300 deep"):
+        amulet.generate("Hi", **options)
+
+
+def test_references_may_be_many_and_go_in_circles(amulet: Amulet) -> None:
+    tree = {"type": "object", "properties": {"next": {"$ref": "#"}, "n": {"enum": [1]}}}
+    assert amulet.generate("Hi", schema=tree, max_tokens=5).text
+    assert amulet.generate("Hi", schema=chain(100), max_tokens=5).text
+    wide = {
+        "$defs": {f"d{i}": {"enum": [i]} for i in range(900)},
+        "anyOf": [{"$ref": f"#/$defs/d{i}"} for i in range(900)],
+    }
+    assert amulet.generate("Hi", schema=wide, max_tokens=9).text
+
+
+@pytest.mark.parametrize("schema", [{"type": "foo"}, chain(100, type="bad")])
+def test_looking_for_the_place_has_an_end(
+    amulet: Amulet, schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "_MAX_SEARCH", 0)
+    with pytest.raises(SettingError, match="Invalid type") as error:
+        amulet.generate("Hi", schema=schema)
+    assert "(at" not in str(error.value) or "the top" in str(error.value)
 
 
 def test_objects_have_the_properties_that_are_named(tiny: Tiny, amulet: Amulet) -> None:

@@ -204,20 +204,43 @@ def test_a_call_that_is_cut_off_says_so(amulet: Amulet) -> None:
     assert not answer.calls or not answer.calls[0].arguments.endswith("}")
 
 
-def test_structured_output_where_no_function_is_called(amulet: Amulet) -> None:
-    for seed in range(6):
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"schema": {"enum": ["yes", "no"]}}, '"(yes|no)"'),
+        (
+            {"regex": "(🦭🪿a|🦭🪿b)", "logit_bias": {"<": -100}},
+            "(🦭🪿a|🦭🪿b)",
+        ),  # characters of several tokens
+        (
+            {"regex": '\\{"(nap|name)": [0-9]\\}'},
+            '\\{"(nap|name)": [0-9]\\}',
+        ),  # as a call without tags begins
+        ({"regex": "<tool(_box)?>!"}, "<tool(_box)?>!"),
+    ],
+)
+def test_structured_output_where_no_function_is_called(
+    amulet: Amulet, options: dict[str, Any], form: str
+) -> None:
+    n_texts = 0
+    for seed in range(12):
         answer = amulet.generate(
-            "Hi",
-            tools=Tools([NOW]),
-            schema={"enum": ["yes", "no"]},
-            temperature=1.5,
-            seed=seed,
-            max_tokens=80,
+            "Hi", tools=Tools([NOW]), temperature=1.5, seed=seed, max_tokens=80, **options
         )
         if answer.calls:
             assert answer.calls[0].name == "now"
-        else:
-            assert answer.text in ('"yes"', '"no"')
+        elif answer.finish_reason == "stop":
+            assert re.fullmatch(form, answer.text)
+            n_texts += 1
+    assert n_texts
+
+
+def test_after_a_call_the_form_of_text_is_over(amulet: Amulet) -> None:
+    answer = amulet.generate(
+        "Hi", tools=Tools([NOW], "required"), schema={"enum": ["yes"]}, max_tokens=120
+    )
+    assert json.loads(answer.calls[0].arguments) == {}
+    assert amulet.generate("Hi", max_tokens=2).usage.completion_tokens
 
 
 @pytest.mark.parametrize(
@@ -229,6 +252,16 @@ def test_structured_output_where_no_function_is_called(amulet: Amulet) -> None:
         ([NOW, NOW], "auto", "two of them have one name"),
         ([NOW], "later", "no function 'later'"),
         ([{"function": {"name": "f", "parameters": 3}}], "auto", r"tools\.0\.function\.parameters"),
+        ([{"function": {"name": "f", "parameters": {"type": "string"}}}], "auto", "schema of an object"),
+        ([{"function": {"name": "none"}}], "auto", "is a choice of tools"),
+        ([{"function": {"name": "f", "parameters": {"a": {1}}}}], "auto", "expected JSON"),
+        (
+            [{"function": {"name": "f", "parameters": {"a": json.loads("[" * 900 + "]" * 900)}}}],
+            "auto",
+            "tools",
+        ),
+        (None, "auto", "expected functions"),
+        ([NOW], ["now"], "no function"),
     ],
 )
 def test_what_is_no_function_is_refused(functions: list[Any], choice: str, message: str) -> None:
@@ -236,11 +269,27 @@ def test_what_is_no_function_is_refused(functions: list[Any], choice: str, messa
         Tools(functions, choice)
 
 
+def test_a_list_is_no_tools(amulet: Amulet) -> None:
+    with pytest.raises(SettingError, match=r"must be amulet_gguf\.Tools, got list"):
+        amulet.generate("Hi", tools=[NOW])  # type: ignore[arg-type]
+
+
+def test_what_is_nested_too_deeply_is_refused(amulet: Amulet) -> None:
+    deep: Any = "x"
+    for _ in range(900):
+        deep = [deep]
+    call = {"function": {"name": "f", "arguments": {"a": deep}}}
+    with pytest.raises(PromptError, match="nested too deeply"):
+        amulet.generate(
+            messages=[QUESTION, {"role": "assistant", "tool_calls": [call], "content": ""}, SAID]
+        )
+
+
 def test_a_schema_that_is_not_supported_is_refused(amulet: Amulet) -> None:
     bad = {
         "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "x"}}}}
     }
-    with pytest.raises(SettingError, match=r"tools: .*Invalid type: x"):
+    with pytest.raises(SettingError, match=r"tools: f: .*Invalid type: x \(at properties\.a\)"):
         amulet.generate("Hi", tools=Tools([bad]))
 
 
