@@ -1,0 +1,193 @@
+// Usage: node trials.mjs URL [CLIENT...]; scripts/try_clients runs it. As trials.py, for Node.js.
+import { readFileSync } from "node:fs";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { HumanMessage } from "@langchain/core/messages";
+import { tool as langchainTool } from "@langchain/core/tools";
+import { ChatOpenAI } from "@langchain/openai";
+import { generateObject, generateText, streamObject, streamText, tool } from "ai";
+import OpenAI from "openai";
+import { zodResponseFormat } from "openai/helpers/zod";
+import { z } from "zod";
+
+const [url, ...only] = process.argv.slice(2);
+const baseURL = `${url}/v1`;
+const trials = [];
+const trial = (client, name, run) => trials.push({ client, name, run });
+
+const hi = "Say hello.";
+const askPet = 'Invent a pet. Answer in JSON, like {"kind": "cat", "legs": 4}.';
+const askWeather = "How is the weather in Rome?";
+const user = (content) => [{ role: "user", content }];
+const Pet = z.object({ kind: z.enum(["cat", "dog", "spider"]), legs: z.number().int() });
+const Weather = z.object({ city: z.enum(["Rome", "Oslo"]) });
+
+function check(condition, what) {
+  if (!condition) throw new Error(`no ${what}`);
+}
+
+async function joined(pieces) {
+  let text = "";
+  for await (const piece of pieces) text += piece;
+  return text;
+}
+
+// openai
+
+const openai = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
+const openaiTool = {
+  type: "function",
+  function: { name: "get_weather", description: "The weather", parameters: z.toJSONSchema(Weather) },
+};
+
+trial("openai", "chat", async () => {
+  const answer = await openai.chat.completions.create({ model: "amulet", messages: user(hi), max_tokens: 20 });
+  check(answer.choices[0].message.content, "text");
+});
+
+trial("openai", "stream", async () => {
+  const stream = openai.chat.completions.stream({ model: "amulet", messages: user(hi), max_tokens: 20 });
+  check((await stream.finalChatCompletion()).choices[0].message.content, "text");
+});
+
+trial("openai", "parse", async () => {
+  const answer = await openai.chat.completions.parse({
+    model: "amulet",
+    messages: user(askPet),
+    response_format: zodResponseFormat(Pet, "pet"),
+  });
+  Pet.parse(answer.choices[0].message.parsed);
+});
+
+trial("openai", "tools", async () => {
+  const answer = await openai.chat.completions.create({
+    model: "amulet",
+    messages: user(askWeather),
+    tools: [openaiTool],
+    tool_choice: "required",
+  });
+  Weather.parse(JSON.parse(answer.choices[0].message.tool_calls[0].function.arguments));
+});
+
+trial("openai", "runTools", async () => {
+  const called = [];
+  const run = (given) => called.push(given) && "sunny";
+  const runner = openai.chat.completions.runTools({
+    model: "amulet",
+    messages: user(askWeather),
+    tools: [{ type: "function", function: { ...openaiTool.function, parse: JSON.parse, function: run } }],
+    tool_choice: { type: "function", function: { name: "get_weather" } },
+    stream: true,
+  });
+  await runner.done();
+  Weather.parse(called[0]);
+});
+
+trial("openai", "responses", async () => {
+  const answer = await openai.responses.create({ model: "amulet", input: hi, max_output_tokens: 20 });
+  check(answer.output_text, "text");
+});
+
+// Vercel's AI SDK
+
+const provider = createOpenAICompatible({
+  name: "amulet",
+  baseURL,
+  apiKey: "none",
+  includeUsage: true,
+  supportsStructuredOutputs: true,
+});
+const model = provider("amulet");
+const tools = {
+  getWeather: tool({ description: "The weather", inputSchema: Weather, execute: async () => "sunny" }),
+};
+
+trial("ai", "generateText", async () => {
+  const answer = await generateText({ model, prompt: hi, maxOutputTokens: 20 });
+  check(answer.text && answer.usage.outputTokens, "text or usage");
+});
+
+trial("ai", "streamText", async () => {
+  const answer = streamText({ model, prompt: hi, maxOutputTokens: 20 });
+  check(await joined(answer.textStream), "text");
+  check((await answer.usage).outputTokens, "usage");
+});
+
+trial("ai", "generateObject", async () => {
+  Pet.parse((await generateObject({ model, schema: Pet, prompt: askPet })).object);
+});
+
+trial("ai", "generateObject without schemas", async () => {
+  const plain = createOpenAICompatible({ name: "amulet", baseURL })("amulet");
+  const answer = await generateObject({ model: plain, output: "no-schema", prompt: askPet });
+  check(answer.object, "object");
+});
+
+trial("ai", "streamObject", async () => {
+  Pet.parse(await streamObject({ model, schema: Pet, prompt: askPet }).object);
+});
+
+trial("ai", "a tool", async () => {
+  const answer = await generateText({ model, prompt: askWeather, tools, toolChoice: "required" });
+  Weather.parse(answer.toolCalls[0].input);
+  check(answer.toolResults[0].output === "sunny", "result");
+});
+
+trial("ai", "a tool streamed", async () => {
+  const toolChoice = { type: "tool", toolName: "getWeather" };
+  const answer = streamText({ model, prompt: askWeather, tools, toolChoice });
+  Weather.parse((await answer.toolCalls)[0].input);
+});
+
+// LangChain
+
+const chat = (maxTokens) =>
+  new ChatOpenAI({ model: "amulet", apiKey: "none", maxTokens, maxRetries: 0, configuration: { baseURL } });
+
+trial("@langchain/openai", "invoke", async () => {
+  check((await chat(20).invoke([new HumanMessage(hi)])).content, "text");
+});
+
+trial("@langchain/openai", "stream", async () => {
+  let text = "";
+  for await (const chunk of await chat(20).stream(hi)) text += chunk.content;
+  check(text, "text");
+});
+
+for (const method of ["jsonSchema", "functionCalling"]) {
+  trial("@langchain/openai", method, async () => {
+    Pet.parse(await chat(80).withStructuredOutput(Pet, { name: "pet", method }).invoke(askPet));
+  });
+}
+
+trial("@langchain/openai", "jsonMode", async () => {
+  const options = { name: "pet", method: "jsonMode", includeRaw: true };
+  JSON.parse((await chat(150).withStructuredOutput(Pet, options).invoke(askPet)).raw.content);
+});
+
+trial("@langchain/openai", "bindTools", async () => {
+  const weather = langchainTool(async () => "sunny", { name: "get_weather", description: "…", schema: Weather });
+  const answer = await chat(80).bindTools([weather], { tool_choice: "required" }).invoke(askWeather);
+  Weather.parse(answer.tool_calls[0].args);
+});
+
+function reason(error) {
+  const found = error.lastError ?? error;
+  if (found.status === 404 || found.statusCode === 404) return "not there yet";
+  const more = found.responseBody ?? found.cause?.message ?? "";
+  return `${found.name}: ${found.message} ${more}`.trim().replace(/\s+/g, " ").slice(0, 300);
+}
+
+for (const { client, name, run } of trials) {
+  if (only.length && !only.includes(client) && !only.includes("npm")) continue;
+  let result = "passed";
+  try {
+    await run();
+  } catch (error) {
+    result = reason(error);
+  }
+  const about = new URL(`node_modules/${client}/package.json`, import.meta.url);
+  const { version } = JSON.parse(readFileSync(about, "utf8"));
+  const shown = client === "openai" ? "openai (Node.js)" : client;
+  // The first field is what run.py knows the line by.
+  console.log(JSON.stringify({ client: shown, version, trial: name, result }));
+}
