@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Final
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.tools import Tools
 from amulet_gguf.server.errors import RequestError
+from amulet_gguf.server.schemas import held
 from amulet_gguf.settings import SETTINGS
 
 #: Answers that one request may ask for.
@@ -30,7 +32,8 @@ ALIASES: Final = {
 #: Fields that mean nothing here, whatever their value: it does no harm to ignore them.
 _IGNORED: Final = frozenset({
     "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention",
-    "safety_identifier", "verbosity", "cache_prompt", "keep_alive", "skip_special_tokens",
+    "prompt_cache_options", "safety_identifier", "verbosity", "cache_prompt", "keep_alive",
+    "skip_special_tokens",
     "spaces_between_special_tokens", "id_slot", "n_keep", "n_discard", "timings_per_token",
     "reasoning_format", "parse_tool_calls", "mirostat_tau", "mirostat_eta",
     "dynatemp_exponent", "xtc_threshold", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
@@ -45,6 +48,7 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
+    "moderation": (),
     "best_of": (0, 1),
     "echo": (False,),
     "suffix": ("",),
@@ -117,21 +121,44 @@ class Asked:
 
 
 def tools_in(
-    functions: Sequence[Mapping[str, Any]] | None, choice: str | None, is_parallel: bool | None
+    functions: Sequence[Mapping[str, Any]] | None,
+    choice: str | None,
+    is_parallel: bool | None,
+    allowed: Collection[str] | None = None,
 ) -> Tools | None:
     """Return the functions that a request lets the model call.
 
     Args:
         choice: "auto", "none", "required", or the name of the one to call; None: "auto".
+        allowed: names of those that may be called; None: all.
 
     Raises:
         SettingError: see `Tools`.
+        RequestError: one that is allowed is not there.
     """
     if not functions and choice not in (None, "auto", "none"):
         raise RequestError(400, "tool_choice needs tools", code="invalid_value", param="tool_choice")
     if not functions or choice == "none":
         return None
-    return Tools(functions, choice or "auto", is_parallel is not False)
+    offered = [_held_function(each) for each in functions]
+    tools = Tools(offered, choice or "auto", is_parallel is not False)
+    if allowed is None:
+        return tools
+    for name in allowed:
+        if name not in tools.schemas:
+            message = f"tool_choice: there is no function {name[:64]!r}"
+            raise RequestError(400, message, code="invalid_value", param="tool_choice")
+    chosen = [each for each in offered if each["function"]["name"] in allowed]
+    return dataclasses.replace(tools, functions=chosen)
+
+
+def _held_function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a function with its schema in words that a grammar can be made of."""
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("parameters"), Mapping):
+        return tool
+    schema = held(function["parameters"], "tools", is_strict=function.get("strict") is True)
+    return {**tool, "function": {**function, "parameters": schema}}
 
 
 def changes_in(extra: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from amulet_gguf.prompts.messages import THOUGHT
 from amulet_gguf.server.asked import MAX_ANSWERS, Asked, changes_in, tools_in
 from amulet_gguf.server.errors import RequestError
+from amulet_gguf.server.schemas import held
 
 
 def _whole(value: Any) -> Any:
@@ -35,9 +37,25 @@ class TextPart(Open):
     text: str
 
 
+def _spoken(content: Any) -> Any:
+    """A refusal is what the assistant said; other parts than text are told by what they are."""
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal":
+            part = {"type": "text", "text": part.get("refusal")}
+        elif isinstance(kind, str) and kind != "text":
+            message = "only text is understood, no {kind}"
+            raise PydanticCustomError("not_text", message, {"kind": kind[:32]})
+        parts.append(part)
+    return parts
+
+
 class ChatMessage(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Annotated[str | list[TextPart] | None, BeforeValidator(_spoken)] = None
 
 
 class StreamOptions(Open):
@@ -65,7 +83,11 @@ class ResponseFormat(Open):
         if schema is None and self.type == "json_schema":
             where = "response_format.json_schema.schema"
             raise RequestError(400, f"{where} is missing", code="invalid_value", param=where)
-        return {"type": "object"} if schema is None else schema
+        if schema is None:
+            return {"type": "object"}
+        if self.type == "json_schema" and described.get("strict") is not True:
+            return held(schema, "response_format", is_strict=False)
+        return schema
 
 
 class _Request(Open):
@@ -119,12 +141,24 @@ class ToolChoice(Open):
     function: ToolName
 
 
+class AllowedTools(Open):
+    mode: Literal["auto", "required"]
+    tools: list[ToolChoice]
+
+
+class AllowedChoice(Open):
+    """Those functions that may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
     max_completion_tokens: Whole | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     prediction: Prediction | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0, le=20)
@@ -132,7 +166,7 @@ class ChatRequest(_Request):
     continue_final_message: bool | None = None
     verbose: bool | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | ToolChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
 
     def changes(self) -> dict[str, Any]:
@@ -144,7 +178,8 @@ class ChatRequest(_Request):
         if self.reasoning_effort in ("none", "minimal"):
             changes.setdefault("think", False)
         elif self.reasoning_effort is not None:
-            changes.setdefault("think_effort", self.reasoning_effort.removeprefix("x"))
+            effort = "high" if self.reasoning_effort in ("xhigh", "max") else self.reasoning_effort
+            changes.setdefault("think_effort", effort)
         return changes
 
     def asked(self) -> Asked:
@@ -160,13 +195,19 @@ class ChatRequest(_Request):
             message = "continue_final_message needs a last message of the assistant's"
             raise RequestError(400, message, param="continue_final_message")
         draft = None if self.prediction is None else text_of(self.prediction.content)
-        choice = self.tool_choice
-        tools = tools_in(
-            self.tools,
-            choice if choice is None or isinstance(choice, str) else choice.function.name,
-            self.parallel_tool_calls,
-        )
+        choice, allowed = self._choice()
+        tools = tools_in(self.tools, choice, self.parallel_tool_calls, allowed)
         return Asked(**self.common(), messages=conversation(self.messages), draft=draft, tools=tools)
+
+    def _choice(self) -> tuple[str | None, list[str] | None]:
+        """Return what `tools_in` is told of the choice."""
+        choice = self.tool_choice
+        if isinstance(choice, ToolChoice):
+            return choice.function.name, None
+        if isinstance(choice, AllowedChoice):
+            chosen = choice.allowed_tools
+            return chosen.mode, [tool.function.name for tool in chosen.tools]
+        return "required" if choice == "any" else choice, None  # Mistral's word
 
     @property
     def n_logprobs(self) -> int | None:

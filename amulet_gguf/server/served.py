@@ -11,6 +11,7 @@ from amulet_gguf.home.config import Config
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.server.asked import Asked
 from amulet_gguf.server.errors import RequestError
+from amulet_gguf.server.schemas import held
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.settings import Settings
 
@@ -87,6 +88,8 @@ class Served:
         settings = self._start(asked)
         if changes.get("max_tokens", 1) is None:
             changes["max_tokens"] = self.max_tokens
+        if isinstance(changes.get("schema"), dict):
+            changes["schema"] = held(changes["schema"], "schema", is_strict=True)
         settings = dataclasses.replace(settings, **changes)
         most = self.max_tokens if settings.think_tokens is None else settings.think_tokens
         settings = settings.replace(

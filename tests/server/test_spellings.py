@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import ipaddress
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from serving import Running, is_free, serving, until
 
 from amulet_gguf.server.asked import _IGNORED, _NEUTRAL
 from amulet_gguf.server.guard import MAX_BODY, Access
+from amulet_gguf.server.schemas import FORMATS
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "How are you?"}]
@@ -65,6 +67,8 @@ def text(http: httpx.Client, **more: Any) -> str:
         ({"logit_bias": [[40, False], [41, -3]]}, {"logit_bias": {"40": -100, "41": -3}}),
         ({"guided_regex": "[a-c]{3}"}, {"regex": "[a-c]{3}"}),
         ({"json_schema": {"const": "42"}}, {"schema": {"const": "42"}}),
+        ({"schema": {"enum": ["42"], "format": "nanoid"}}, {"schema": {"enum": ["42"]}}),
+        ({"reasoning_effort": "max"}, {"reasoning_effort": "high"}),
     ],
 )
 def test_a_spelling_means_what_it_means_elsewhere(
@@ -241,6 +245,110 @@ def test_structured_output_of_the_python_client(server: Running) -> None:
             max_tokens=4,
         )
         assert cut.choices[0].finish_reason == "length"
+
+
+def formed(http: httpx.Client, schema: Any, *, strict: bool | None = None) -> Any:
+    """Return what comes of a schema: the JSON value, or the status of an error."""
+    described = {"name": "x", "schema": schema, "strict": strict}
+    form = {"type": "json_schema", "json_schema": described}
+    answer = http.post(CHAT, json={**ASKED, "max_tokens": 40, "response_format": form})
+    if answer.status_code != 200:
+        return answer.status_code
+    return json.loads(answer.json()["choices"][0]["message"]["content"])
+
+
+@pytest.mark.parametrize("strict", [True, None])
+@pytest.mark.parametrize("form", [*sorted(FORMATS), "nanoid", "ipvanyaddress", "format"])
+def test_formats_of_any_name(http: httpx.Client, form: str, strict: bool | None) -> None:
+    value = {"enum": ["a"]} if form not in FORMATS else {"const": 1}
+    schema = {"properties": {"format": {**value, "format": form}}, "required": ["format"]}
+    found = formed(http, {"type": "object", **schema}, strict=strict)
+    assert found == {"format": value.get("const", "a")}
+    assert formed(http, {"type": "integer", "format": form, "maximum": 3, "minimum": 3}) == 3
+
+
+def test_a_known_format_is_held_to(http: httpx.Client) -> None:
+    # The pattern looks around, which a grammar cannot; the format beside it says the same.
+    asked = {"type": "string", "format": "ipv4", "pattern": r"^(?=\d)[\d.]+$"}
+    for strict in (True, False):
+        assert ipaddress.IPv4Address(formed(http, asked, strict=strict))
+
+
+@pytest.mark.parametrize(
+    ("names", "allowed"),
+    [({"type": "string"}, r""), ({"enum": ["a", "b"]}, "[ab]"), ({"pattern": "^[cd]$"}, "[cd]")],
+)
+def test_names_of_properties(http: httpx.Client, names: Any, allowed: str) -> None:
+    for strict in (True, False):
+        schema = {"type": "object", "propertyNames": names, "additionalProperties": {"const": 1}}
+        found = formed(http, {**schema, "minProperties": 0, "maxProperties": 1}, strict=strict)
+        assert all(re.match(allowed, name) for name in found)
+        assert set(found.values()) <= {1}
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        {"items": {"const": 1}, "uniqueItems": True, "maxItems": 1},
+        {"items": {"const": 1}, "contains": {"const": 1}, "maxItems": 1},
+        {"items": {"oneOf": [{"const": 1}, {"enum": [1]}]}, "maxItems": 1},
+        {"items": {"not": {"type": "null"}, "const": 1}, "maxItems": 1},
+        {"items": {"type": "string", "pattern": "^(?!b)a$", "maxLength": 1}, "maxItems": 1},
+        {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 1}}, "minProperties": 2},
+    ],
+    ids=["unique", "contains", "one", "not", "look", "least"],
+)
+def test_what_cannot_be_promised_is_refused_only_where_it_is_strict(
+    http: httpx.Client, beyond: dict[str, Any]
+) -> None:
+    schema = {"type": "array", **beyond}
+    assert isinstance(formed(http, schema), (list, dict))
+    assert isinstance(formed(http, schema, strict=False), (list, dict))
+    assert formed(http, schema, strict=True) == 400
+    assert http.post(CHAT, json={**ASKED, "schema": schema}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"format": 3}, {"format": None}, {"propertyNames": True}, {"propertyNames": {"enum": 3}},
+        {"propertyNames": {"pattern": [3]}}, {"propertyNames": {"const": [3]}}, {"properties": [3]},
+        {"required": [{}], "properties": {"a": True}}, {"required": 3, "properties": {"a": True}},
+        {"pattern": 3}, {"oneOf": 3}, {"$defs": []}, {"allOf": {"format": "x"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_schemas_end_well(http: httpx.Client, odd: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": odd}}
+    bodies: list[dict[str, Any]] = [{"schema": odd}, {"tools": [tool], "tool_choice": "required"}]
+    bodies += [{"response_format": {"type": "json_schema", "json_schema": {"schema": odd}}}]
+    for body in bodies:
+        assert http.post(CHAT, json={**ASKED, **body}).status_code in (200, 400)
+
+
+def test_schemas_without_an_end(http: httpx.Client) -> None:
+    deep: Any = {"type": "object"}
+    for _ in range(900):
+        deep = {"items": deep}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    for body in ({"schema": deep}, {"tools": [tool]}):
+        answer = http.post(CHAT, json={**ASKED, **body})
+        assert answer.status_code == 400
+        assert "deep" in answer.json()["error"]["message"]
+
+
+def test_parts_of_contents(http: httpx.Client) -> None:
+    def status(part: Any) -> tuple[int, str]:
+        said = {"role": "assistant", "content": [part]}
+        answer = http.post(CHAT, json={**ASKED, "messages": [*HI, said, *HI]})
+        return answer.status_code, str(answer.json())
+
+    assert status({"type": "refusal", "refusal": "I cannot."})[0] == 200
+    assert status({"type": "text", "text": "Well."})[0] == 200
+    code, told = status({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}})
+    assert (code, "image_url" in told) == (400, True)
+    for odd in ({"type": "refusal"}, {"type": 3}, {"text": "a"}, "a", None):
+        assert status(odd)[0] == 400
 
 
 def test_counts_and_times(http: httpx.Client) -> None:

@@ -133,6 +133,49 @@ def test_a_history_of_calls_is_gone_on_with(client: Any) -> None:
     assert again.choices[0].message.content == answer.choices[0].message.content
 
 
+def test_functions_that_alone_may_be_called(client: Any) -> None:
+    def called(choice: Any) -> set[str]:
+        asked = {**ASKED, "tool_choice": choice, "parallel_tool_calls": False}
+        answers = [client.chat.completions.create(**{**asked, "seed": i}) for i in range(8)]
+        calls = [answer.choices[0].message.tool_calls or [] for answer in answers]
+        return {call.function.name for each in calls for call in each}
+
+    def only(*names: str, mode: str = "required") -> dict[str, Any]:
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    assert called("required") == called(only("now", "get_weather")) == {"now", "get_weather"}
+    assert called(only("now")) == {"now"}
+    assert called(only("get_weather", mode="auto")) <= {"get_weather"}
+    assert called("any") == {"now", "get_weather"}  # Mistral's word for "required"
+    with pytest.raises(openai.BadRequestError, match="nothing"):
+        called(only("now", "nothing"))
+
+
+def test_schemas_that_no_grammar_holds(client: Any) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {
+            "ids": {"type": "array", "items": {"const": 1, "format": "int64"}, "uniqueItems": True},
+            "where": {"enum": ["Rome"], "format": "city"},
+        },
+        "required": ["where"],
+        "not": {"required": ["who"]},
+    }
+    function: dict[str, Any] = {"name": "find", "parameters": parameters}
+    asked = {**ASKED, "tool_choice": "required", "parallel_tool_calls": False}
+    answer = client.chat.completions.create(
+        **{**asked, "tools": [{"type": "function", "function": function}]}
+    )
+    arguments = json.loads(answer.choices[0].message.tool_calls[0].function.arguments)
+    assert arguments["where"] == "Rome"
+    function["strict"] = True
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            **{**asked, "tools": [{"type": "function", "function": function}]}
+        )
+
+
 def test_without_functions_there_is_no_difference(client: Any) -> None:
     plain = {name: value for name, value in ASKED.items() if name != "tools"}
     answers = [
