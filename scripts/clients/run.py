@@ -28,6 +28,8 @@ QUIET = {
     "OPENAI_AGENTS_DISABLE_TRACING": "1", "OTEL_SDK_DISABLED": "true", "VERCEL_TELEMETRY_DISABLED": "1",
     "OPENAI_API_KEY": "none", "LOGFIRE_IGNORE_NO_CONFIG": "1",
 }  # fmt: skip
+#: Results that are no failures of the server's.
+FINE = ("passed", "not there yet", "told of the fields in words alone, the model missed them")
 
 
 def is_ready(url: str) -> bool:
@@ -71,7 +73,7 @@ def main() -> None:
     more = [] if options.model is None else ["--model", options.model]
     serve = ["serve", "--port", "0", "--ready-json", "--exit-with-parent", "--log-level", "warning"]
     server = subprocess.Popen(
-        [PYTHON, "-m", "amulet_gguf", *serve, "--limit-tokens", "150", *more],
+        [PYTHON, "-m", "amulet_gguf", *serve, "--limit-tokens", "300", *more],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -97,8 +99,7 @@ def main() -> None:
     print(f"Served: {json.loads(ready)['model']}\n\n| client | passed | did not |\n|---|---|---|")
     for rows in found.values():
         print(row(rows))
-    is_fine = {"passed", "not there yet"}
-    sys.exit(any(each["result"] not in is_fine for rows in found.values() for each in rows))
+    sys.exit(any(each["result"] not in FINE for rows in found.values() for each in rows))
 
 
 if __name__ == "__main__":

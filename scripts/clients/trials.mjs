@@ -4,7 +4,7 @@ import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { HumanMessage } from "@langchain/core/messages";
 import { tool as langchainTool } from "@langchain/core/tools";
 import { ChatOpenAI } from "@langchain/openai";
-import { generateObject, generateText, streamObject, streamText, tool } from "ai";
+import { generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
 import OpenAI from "openai";
 import { zodResponseFormat } from "openai/helpers/zod";
 import { z } from "zod";
@@ -19,6 +19,15 @@ const askPet = 'Invent a pet. Answer in JSON, like {"kind": "cat", "legs": 4}.';
 const askWeather = "How is the weather in Rome?";
 const user = (content) => [{ role: "user", content }];
 const Pet = z.object({ kind: z.enum(["cat", "dog", "spider"]), legs: z.number().int() });
+const Rich = z.object({
+  id: z.nanoid(),
+  sign: z.string().startsWith("a").max(4),
+  born: z.iso.date(),
+  host: z.ipv4(),
+  name: z.string().max(4).nullable(),
+  ages: z.record(z.enum(["a", "b"]), z.literal(1)),
+  pets: z.array(Pet).min(1).max(1),
+});
 const Weather = z.object({ city: z.enum(["Rome", "Oslo"]) });
 
 function check(condition, what) {
@@ -116,6 +125,10 @@ trial("ai", "generateObject", async () => {
   Pet.parse((await generateObject({ model, schema: Pet, prompt: askPet })).object);
 });
 
+trial("ai", "generateObject of a rich schema", async () => {
+  Rich.parse((await generateObject({ model, schema: Rich, prompt: askPet })).object);
+});
+
 trial("ai", "generateObject without schemas", async () => {
   const plain = createOpenAICompatible({ name: "amulet", baseURL })("amulet");
   const answer = await generateObject({ model: plain, output: "no-schema", prompt: askPet });
@@ -132,6 +145,12 @@ trial("ai", "a tool", async () => {
   const answer = await generateText({ model, prompt: askWeather, tools, toolChoice: "required" });
   Weather.parse(answer.toolCalls[0].input);
   check(answer.toolResults[0].output === "sunny", "result");
+});
+
+trial("ai", "two steps of tools", async () => {
+  const stopWhen = stepCountIs(2);
+  const answer = await generateText({ model, prompt: askWeather, tools, toolChoice: "required", stopWhen });
+  check(answer.steps.length === 2 && answer.toolCalls.length, "second step");
 });
 
 trial("ai", "a tool streamed", async () => {

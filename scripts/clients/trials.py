@@ -5,12 +5,16 @@ that is required of it, and what it says is not judged: only whether the library
 """
 
 import asyncio
+import datetime
+import decimal
 import inspect
+import ipaddress
 import json
 import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Literal
@@ -55,6 +59,13 @@ SCHEMA: Any = {
 }
 
 
+class ModelError(Exception):
+    """The protocol held; the model missed what it was told in words alone."""
+
+    def __init__(self) -> None:
+        super().__init__("told of the fields in words alone, the model missed them")
+
+
 def trial(client: str, name: str, package: str = "") -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     def add(function: Callable[[], Any]) -> Callable[[], Any]:
         TRIALS.append((client, package or client, name, function))
@@ -70,6 +81,14 @@ def get_weather(city: Literal["Rome", "Oslo"]) -> str:
         city: where
     """
     return f"It is sunny in {city}."
+
+
+def in_words(text: str) -> None:
+    """Check an answer that is to be any JSON object; its fields are named in the prompt alone."""
+    found = json.loads(text)
+    assert isinstance(found, dict)
+    if not found.keys() >= {"kind", "legs"}:
+        raise ModelError
 
 
 # openai
@@ -168,6 +187,31 @@ def _() -> None:
     GetWeather.model_validate_json(calls[0].arguments)
 
 
+class Rich(BaseModel):
+    """What schemas are full of."""
+
+    name: str | None = Field(max_length=4)
+    born: datetime.date
+    parent: Pet | GetWeather
+    friends: list[Pet] = Field(min_length=1, max_length=1)
+    ages: dict[Literal["a", "b"], int]
+    address: ipaddress.IPv4Address
+    id: uuid.UUID
+
+
+class Loose(Rich):
+    """What only functions without `strict` may have, at OpenAI, too."""
+
+    days: set[Literal[1]] = Field(max_length=1)
+    price: decimal.Decimal
+
+
+@trial("openai", "parse of a rich model")
+def _() -> None:
+    answer = openai_client().chat.completions.parse(model="amulet", messages=PET, response_format=Rich)
+    assert isinstance(answer.choices[0].message.parsed, Rich)
+
+
 # LiteLLM
 
 
@@ -249,11 +293,28 @@ def _() -> None:
     langchain_structured("function_calling")
 
 
+@trial("langchain-openai", "function_calling with a loose model")
+def _() -> None:
+    model = langchain_model().with_structured_output(Loose, method="function_calling")
+    assert isinstance(model.invoke(ASK_PET), Loose)
+
+
+@trial("langchain-openai", "a call in the history")
+def _() -> None:
+    from langchain_core.messages import HumanMessage, ToolMessage
+
+    model = langchain_model(max_tokens=80)
+    messages: list[Any] = [HumanMessage(ASK_WEATHER)]
+    messages.append(model.bind_tools([get_weather], tool_choice="required").invoke(messages))
+    calls = messages[-1].tool_calls
+    messages += [ToolMessage(get_weather(**call["args"]), tool_call_id=call["id"]) for call in calls]
+    assert model.invoke(messages).content
+
+
 @trial("langchain-openai", "json_mode")
 def _() -> None:
-    # Any object will do: the model is told of the fields only in words.
     model = langchain_model().with_structured_output(Pet, method="json_mode", include_raw=True)
-    assert isinstance(json.loads(model.invoke(ASK_PET)["raw"].content), dict)
+    in_words(model.invoke(ASK_PET)["raw"].content)
 
 
 @trial("langchain-openai", "bind_tools")
@@ -310,6 +371,13 @@ def _() -> None:
     assert isinstance(llama_index_model().as_structured_llm(Pet).complete(ASK_PET).raw, Pet)
 
 
+@trial("llama-index", "complete without chat", "llama-index-llms-openai-like")
+def _() -> None:
+    model = llama_index_model(20)
+    model.is_chat_model = False
+    assert "".join(each.delta or "" for each in model.stream_complete("Once upon a time"))
+
+
 @trial("llama-index", "tools", "llama-index-llms-openai-like")
 def _() -> None:
     from llama_index.core.tools import FunctionTool
@@ -318,6 +386,17 @@ def _() -> None:
     model = llama_index_model()
     answer = model.chat_with_tools([tool], user_msg=ASK_WEATHER, tool_required=True)
     (call, *_) = model.get_tool_calls_from_response(answer)
+    assert call.tool_kwargs["city"] in ("Rome", "Oslo")
+
+
+@trial("llama-index", "tools streamed", "llama-index-llms-openai-like")
+def _() -> None:
+    from llama_index.core.tools import FunctionTool
+
+    # Not stream_structured_predict: it leaves to the model whether it calls.
+    tool, model = FunctionTool.from_defaults(get_weather), llama_index_model()
+    *_, last = model.stream_chat_with_tools([tool], user_msg=ASK_WEATHER, tool_required=True)
+    (call, *_) = model.get_tool_calls_from_response(last)
     assert call.tool_kwargs["city"] in ("Rome", "Oslo")
 
 
@@ -349,6 +428,12 @@ def _() -> None:
     assert isinstance(pydantic_agent(output_type=Pet).run_sync(ASK_PET).output, Pet)
 
 
+@trial("pydantic-ai", "structured streamed", "pydantic-ai-slim")
+async def _() -> None:
+    async with pydantic_agent(output_type=Pet).run_stream(ASK_PET) as answer:
+        assert isinstance(await answer.get_output(), Pet)
+
+
 @trial("pydantic-ai", "native", "pydantic-ai-slim")
 def _() -> None:
     from pydantic_ai import NativeOutput
@@ -358,9 +443,14 @@ def _() -> None:
 
 @trial("pydantic-ai", "prompted", "pydantic-ai-slim")
 def _() -> None:
-    from pydantic_ai import PromptedOutput
+    from pydantic_ai import PromptedOutput, UnexpectedModelBehavior, capture_run_messages
 
-    assert isinstance(pydantic_agent(output_type=PromptedOutput(Pet)).run_sync(ASK_PET).output, Pet)
+    with capture_run_messages() as messages:
+        try:
+            pydantic_agent(output_type=PromptedOutput(Pet)).run_sync(ASK_PET)
+        except UnexpectedModelBehavior:
+            in_words(messages[1].parts[0].content)
+            raise ModelError from None
 
 
 @trial("pydantic-ai", "a tool", "pydantic-ai-slim")
@@ -395,7 +485,22 @@ def _() -> None:
 
 @trial("instructor", "JSON")
 def _() -> None:
-    instructor_pet("JSON")
+    from instructor.core import InstructorRetryException
+
+    try:
+        instructor_pet("JSON")
+    except InstructorRetryException as error:
+        in_words(error.last_completion.choices[0].message.content)
+        raise ModelError from None
+
+
+@trial("instructor", "partial")
+def _() -> None:
+    import instructor
+
+    client = instructor.from_openai(openai_client(), mode=instructor.Mode.TOOLS)
+    parts = client.chat.completions.create_partial(model="amulet", messages=PET, response_model=Pet)
+    assert list(parts)[-1].legs is not None
 
 
 @trial("instructor", "JSON_SCHEMA")
@@ -454,6 +559,26 @@ def _() -> None:
     haystack_tools()
 
 
+@trial("haystack", "Agent", "haystack-ai")
+def _() -> None:
+    from haystack.components.agents import Agent
+    from haystack.components.generators.chat import OpenAIChatGenerator
+    from haystack.dataclasses import ChatMessage
+    from haystack.tools import create_tool_from_function
+    from haystack.utils import Secret
+
+    generator = OpenAIChatGenerator(
+        api_key=Secret.from_token("none"),
+        api_base_url=BASE,
+        model="amulet",
+        generation_kwargs={"tool_choice": "required"},
+    )
+    tool = create_tool_from_function(get_weather)
+    helper = Agent(chat_generator=generator, tools=[tool], max_agent_steps=2)
+    messages = helper.run([ChatMessage.from_user(ASK_WEATHER)])["messages"]
+    assert len([each for each in messages if each.tool_call_results]) >= 2
+
+
 @trial("haystack", "tools streamed", "haystack-ai")
 def _() -> None:
     haystack_tools(streaming_callback=lambda each: None)
@@ -496,7 +621,7 @@ def _() -> None:
     assert answer.final_output.startswith("It is sunny in")
 
 
-@trial("openai-agents", "a tool, and an answer")
+@trial("openai-agents", "a tool and an answer")
 def _() -> None:
     from agents import Runner, function_tool
 
@@ -548,9 +673,9 @@ def _() -> None:
     helper = ToolCallingAgent(
         tools=[tool(get_weather)], model=smolagents_model(), verbosity_level=LogLevel.OFF
     )
-    steps = helper.run(ASK_WEATHER, stream=True, max_steps=1)
-    (step, *_) = [each for each in steps if isinstance(each, ActionStep)]
-    assert step.tool_calls, step.error
+    steps = helper.run(ASK_WEATHER, stream=True, max_steps=2)
+    for step in [each for each in steps if isinstance(each, ActionStep)][:2]:
+        assert step.tool_calls, step.error
 
 
 # anthropic
@@ -653,10 +778,20 @@ def _() -> None:
 
 def reason(error: BaseException) -> str:
     """Return why a trial failed, in one line."""
+    if isinstance(error, ModelError):
+        return str(error)
     status = getattr(error, "status_code", None)
     if status == 404 and "model" not in str(error).lower():
         return "not there yet"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def version_of(package: str) -> str:
+    """Return the version of a library; of llm it is the one that runs amulet in its own process."""
+    if package != "llm":
+        return version(package)
+    command = [os.environ["AMULET_PYTHON"], "-m", "llm", "--version"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()[-1]
 
 
 def too_long(*_: Any) -> None:
@@ -676,10 +811,8 @@ def main() -> None:
         except Exception as error:
             found = reason(error)
         signal.alarm(0)
-        number = version(package) if client != "llm" else ""
-        print(
-            json.dumps({"client": client, "version": number, "trial": name, "result": found}), flush=True
-        )
+        about = {"client": client, "version": version_of(package), "trial": name, "result": found}
+        print(json.dumps(about), flush=True)
 
 
 if __name__ == "__main__":
