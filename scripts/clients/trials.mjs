@@ -194,7 +194,6 @@ trial("@langchain/openai", "bindTools", async () => {
 
 function reason(error) {
   const found = error.lastError ?? error;
-  if (found.status === 404 || found.statusCode === 404) return "not there yet";
   const more = found.responseBody ?? found.cause?.message ?? "";
   return `${found.name}: ${found.message} ${more}`.trim().replace(/\s+/g, " ").slice(0, 300);
 }

@@ -257,6 +257,32 @@ def _() -> None:
     GetWeather.model_validate_json(answer.choices[0].message.tool_calls[0].function.arguments)
 
 
+@trial("litellm", "anthropic's words")
+def _() -> None:
+    import litellm
+
+    answer: Any = litellm.completion(
+        model="anthropic/amulet",
+        api_base=URL,
+        api_key="none",
+        messages=WEATHER,
+        tools=[TOOL],
+        tool_choice="required",
+        max_tokens=80,
+    )
+    GetWeather.model_validate_json(answer.choices[0].message.tool_calls[0].function.arguments)
+
+
+@trial("litellm", "ollama's words")
+def _() -> None:
+    import litellm
+
+    answer: Any = litellm.completion(
+        model="ollama_chat/amulet", api_base=URL, messages=PET, response_format=Pet
+    )
+    Pet.model_validate_json(answer.choices[0].message.content)
+
+
 # LangChain
 
 
@@ -331,6 +357,15 @@ def _() -> None:
     for each in chunks[1:]:
         whole += each
     assert whole.tool_calls[0]["args"]["city"] in ("Rome", "Oslo")
+
+
+@trial("langchain-openai", "responses")
+def _() -> None:
+    model = langchain_model(use_responses_api=True)
+    assert model.invoke(HI).text
+    assert isinstance(model.with_structured_output(Pet).invoke(ASK_PET), Pet)
+    answer = model.bind_tools([get_weather], tool_choice="required").invoke(ASK_WEATHER)
+    assert answer.tool_calls[0]["args"]["city"] in ("Rome", "Oslo")
 
 
 # LlamaIndex
@@ -463,6 +498,16 @@ def _() -> None:
 @trial("pydantic-ai", "a tool beside", "pydantic-ai-slim")
 def _() -> None:
     assert pydantic_agent(tools=[get_weather]).run_sync(ASK_WEATHER).output
+
+
+@trial("pydantic-ai", "responses", "pydantic-ai-slim")
+def _() -> None:
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIResponsesModel("amulet", provider=OpenAIProvider(base_url=BASE, api_key="none"))
+    assert isinstance(Agent(model, output_type=Pet, retries=0).run_sync(ASK_PET).output, Pet)
 
 
 # Instructor
@@ -640,6 +685,19 @@ async def _() -> None:
     assert answer.final_output.startswith("It is sunny in")
 
 
+@trial("openai-agents", "responses")
+def _() -> None:
+    from agents import OpenAIResponsesModel, Runner, function_tool
+    from openai import AsyncOpenAI
+
+    helper = agent(tools=[function_tool(get_weather)])
+    client = AsyncOpenAI(base_url=BASE, api_key="none", max_retries=0)
+    helper.model = OpenAIResponsesModel(model="amulet", openai_client=client)
+    answer = Runner.run_sync(helper, ASK_WEATHER, max_turns=4)
+    assert "function_call_output" in [each.get("type") for each in answer.to_input_list()]
+    assert answer.final_output
+
+
 # smolagents
 
 
@@ -780,9 +838,6 @@ def reason(error: BaseException) -> str:
     """Return why a trial failed, in one line."""
     if isinstance(error, ModelError):
         return str(error)
-    status = getattr(error, "status_code", None)
-    if status == 404 and "model" not in str(error).lower():
-        return "not there yet"
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
