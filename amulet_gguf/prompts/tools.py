@@ -11,7 +11,7 @@ from typing import Any, Final
 from amulet_gguf.errors import SettingError, shown
 from amulet_gguf.prompts.messages import is_deep
 
-_NAME: Final = re.compile(r"[A-Za-z_][\w.-]{0,63}")
+_NAME: Final = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _MAX_TOOLS: Final = 128
 _CHOICES: Final = ("auto", "none", "required")  # not to be told from functions of these names
 

@@ -16,6 +16,7 @@ from amulet_gguf.server.answering import Answering, Reply
 from amulet_gguf.server.asked import Asked
 from amulet_gguf.server.errors import RequestError
 from amulet_gguf.server.schema import ChatMessage, conversation
+from amulet_gguf.server.schemas import held
 from amulet_gguf.server.served import Served
 from amulet_gguf.settings import Settings
 
@@ -176,7 +177,8 @@ def schema_of(form: Any, where: str) -> Any:
         raise unusable(f"{where}.type must be text, json_object or json_schema", where)
     if form.get("schema") is None:
         raise unusable(f"{where}.schema is missing", f"{where}.schema")
-    return form["schema"]
+    schema = form["schema"]
+    return schema if form.get("strict") is True else held(schema, where, is_strict=False)
 
 
 def named_event(content: Mapping[str, Any]) -> bytes:
