@@ -31,6 +31,8 @@ _MAX_SEARCHED: Final = 256  # parts of a schema that are compiled to find the on
 _MAX_SEARCH: Final = 0.3  # seconds of that: whoever else wants something planned waits
 #: References within references, or rules of a grammar: the library follows them on the stack.
 _MAX_DEPTH: Final = 300
+_TOO_DEEP: Final = f"it refers or nests more than {_MAX_DEPTH} deep, or has too many rules"
+_MAX_VISITS: Final = 50_000  # parts that are looked at for that
 _RULE: Final = re.compile(r"^\s*[\w?!@.-]+\s*(?:::=|:)", re.MULTILINE)
 
 
@@ -116,6 +118,9 @@ class Grammars:
         Raises:
             SettingError: the schema of one of them is not valid or not supported.
         """
+        for name, schema in schemas.items():
+            if _is_schema_too_deep(schema):
+                raise SettingError(f"tools: {name}: {_TOO_DEEP}", "tools")
         try:
             return self._compiled("lark", lark)
         except SettingError as error:
@@ -148,8 +153,8 @@ class Grammars:
         """Return a matcher, and what is wrong with it, "" for nothing."""
         from llguidance import LLMatcher, LLParserLimits, grammar_from
 
-        if _depth_of(name, text) > _MAX_DEPTH:
-            return None, f"it refers or nests more than {_MAX_DEPTH} deep, or has too many rules"
+        if _is_too_deep(name, text):
+            return None, _TOO_DEEP
         # A step of an answer makes others wait.
         limits = LLParserLimits(step_max_items=10_000, verbose_errors=False)
         try:
@@ -193,27 +198,39 @@ class _Tokenizer:
         return found
 
 
-def _depth_of(name: str, text: str) -> int:
-    """Return how deep the library would recurse for a grammar, at most: the rules of one, or the
-    longest way through a schema along what is nested and what is referred to."""
+def _is_too_deep(name: str, text: str) -> bool:
+    """Tell whether the library might follow a grammar deeper than its stack reaches: along the rules of
+    one, or along what is nested in a schema and what that refers to."""
     if name == "schema":
-        schema = json.loads(text)
-        return _schema_depth(schema, schema, {}, 0)
-    return len(_RULE.findall(text)) if name == "grammar" else 0
+        return _is_schema_too_deep(json.loads(text))
+    return name == "grammar" and len(_RULE.findall(text)) + text.count("$ref") > _MAX_DEPTH
 
 
-def _schema_depth(part: Any, root: Any, known: dict[str, int], n: int) -> int:
-    if not isinstance(part, dict) or n > _MAX_DEPTH:
-        return n
-    deepest = max((_schema_depth(child, root, known, n + 1) for _, child in _parts(part)), default=n)
-    reference = part.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/") and known.get(reference, -1) < n:
-        known[reference] = n  # a way that is no longer finds nothing deeper
+def _is_schema_too_deep(root: Any) -> bool:
+    known: dict[
+        str, int
+    ] = {}  # where a reference was followed from; from less deep, nothing new is found
+    n_left, n_others = _MAX_VISITS, 0
+    waiting = [(root, 0)]
+    while waiting:
+        part, depth = waiting.pop()
+        n_left -= 1
+        if depth > _MAX_DEPTH or n_left < 0:
+            return True
+        if not isinstance(part, dict):
+            continue
+        waiting += [(child, depth + 1) for _, child in _parts(part)]
+        reference = part.get("$ref")
+        if not isinstance(reference, str) or reference == "#" or known.get(reference, -1) >= depth:
+            continue
+        known[reference] = depth
         target = root
-        for step in reference[2:].split("/"):
+        for step in reference.removeprefix("#/").split("/"):
             target = target.get(step) if isinstance(target, dict) else None
-        deepest = max(deepest, _schema_depth(target, root, known, n + 1))
-    return deepest
+        if target is None:  # spelt in a way that is not looked into here
+            n_others += 1
+        waiting.append((target, depth + 1))
+    return n_others > _MAX_DEPTH
 
 
 def _place(schema: Any, error_in: Callable[[str], str]) -> str:

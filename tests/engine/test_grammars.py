@@ -15,7 +15,7 @@ from fixture_types import Tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amulet_gguf import Amulet, Answer, Settings
+from amulet_gguf import Amulet, Answer, Settings, Tools
 from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import SettingError
 from amulet_gguf.method.arrays import Float32Array
@@ -277,6 +277,27 @@ def chain(n: int, **inner: Any) -> dict[str, Any]:
 def test_what_is_followed_too_deep_is_refused(amulet: Amulet, options: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match="300 deep"):
         amulet.generate("Hi", **options)
+
+
+@pytest.mark.parametrize(
+    "spelt", ["#/$defs/d~1{}", "json-schema:///#/$defs/d{}", "#/%24defs/d{}", "#/$defs/d{}"]
+)
+def test_references_are_counted_however_they_are_spelt(amulet: Amulet, spelt: str) -> None:
+    name = "d/{}" if "~1" in spelt else "d{}"
+    parts = {name.format(i): {"$ref": spelt.format(i + 1)} for i in range(4000)}
+    deep = {"$defs": {**parts, name.format(4000): {"type": "null"}}, "$ref": spelt.format(0)}
+    with pytest.raises(SettingError, match="300 deep"):
+        amulet.generate("Hi", schema=deep)
+    with pytest.raises(SettingError, match="300 deep"):
+        amulet.generate("Hi", grammar=f"start: %json {json.dumps(deep)}")
+    tool = {
+        "function": {
+            "name": "f",
+            "parameters": {"properties": {"a": {"$ref": spelt.format(0)}}, "$defs": deep["$defs"]},
+        }
+    }
+    with pytest.raises(SettingError, match=r"tools: f: .*300 deep"):
+        amulet.generate("Hi", tools=Tools([tool]))
 
 
 def test_references_may_be_many_and_go_in_circles(amulet: Amulet) -> None:
