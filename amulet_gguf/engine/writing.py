@@ -154,8 +154,11 @@ class Writing:
             logits[:, request.end_tokens] = FORBIDDEN
         if self._state == "thought":
             return
-        grammar, going_on = self._grammar, self._going_on()
-        if self._must_call or (self._is_off_grammar and going_on):
+        grammar, must_call = self._grammar, self._must_call
+        if grammar is None and not must_call and not self._is_off_grammar:
+            return
+        going_on = self._going_on()
+        if must_call or (self._is_off_grammar and going_on):
             kept = logits[:, going_on]
             logits[:] = FORBIDDEN
             logits[:, going_on] = kept

@@ -6,6 +6,7 @@ import codecs
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from amulet_gguf.engine.answer import CallPart
@@ -128,7 +129,7 @@ class Calling:
         is_opening = self._ways[0].form.opens.startswith(self._held)
         return self._tools.is_needed and not self.has_called and is_opening
 
-    @property
+    @cached_property
     def opening(self) -> Sequence[int]:
         """The tokens that open a call."""
         opens = self._ways[0].form.opens

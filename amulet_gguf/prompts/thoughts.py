@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final
 
 from amulet_gguf.engine.answer import Kind
@@ -218,7 +218,7 @@ class Thinking:
         """Whether what was written last may be the beginning of a mark."""
         return self._thoughts.holds
 
-    @property
+    @cached_property
     def opening(self) -> Sequence[Sequence[int]]:
         """The tokens of the marks that may come before the answer."""
         marks = (*self._marks.opens, *self._marks.answers)
