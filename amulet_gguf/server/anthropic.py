@@ -15,6 +15,7 @@ from amulet_gguf.prompts.messages import THOUGHT
 from amulet_gguf.server.asked import Asked, tools_in, usual
 from amulet_gguf.server.desk import (
     Desk,
+    arguments_of,
     effort_of,
     messages_of,
     named_event,
@@ -186,7 +187,7 @@ class MessagesReply:
         calls = answer.calls
         if answer.text.strip() or not calls:
             blocks.append(_block("answer", answer.text))
-        blocks += [_call(call.name, _arguments(call.arguments)) for call in calls]
+        blocks += [_call(call.name, arguments_of(call.arguments)) for call in calls]
         last = answer.pieces[-1] if answer.pieces else None
         return self._message(answer.usage, blocks, last, has_called=bool(calls))
 
@@ -271,13 +272,6 @@ def _block(kind: Kind, text: str) -> dict[str, Any]:
 
 def _call(name: str, arguments: Any) -> dict[str, Any]:
     return {"type": "tool_use", "id": f"toolu_{call_id()}", "name": name, "input": arguments}
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:  # the answer was cut off
-        return {}
 
 
 def _end(last: Piece | None, has_called: bool) -> dict[str, Any]:

@@ -181,6 +181,14 @@ def schema_of(form: Any, where: str) -> Any:
     return schema if form.get("strict") is True else held(schema, where, is_strict=False)
 
 
+def arguments_of(call: str) -> Any:
+    """Return the arguments of a call as a value; none of one that was cut off."""
+    try:
+        return json.loads(call)
+    except ValueError:
+        return {}
+
+
 def named_event(content: Mapping[str, Any]) -> bytes:
     """Return a server-sent event that is called as its content's type."""
     data = json.dumps(content, separators=(",", ":"))

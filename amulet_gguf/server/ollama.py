@@ -22,7 +22,7 @@ from amulet_gguf.errors import AmuletError
 from amulet_gguf.llama.gguf import parts, read_header
 from amulet_gguf.prompts.messages import THOUGHT
 from amulet_gguf.server.asked import Asked, changes_in, tools_in
-from amulet_gguf.server.desk import Desk, effort_of, messages_of, unusable
+from amulet_gguf.server.desk import Desk, arguments_of, effort_of, messages_of, unusable
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.schema import Open
 from amulet_gguf.stream import AnswerStream
@@ -256,7 +256,7 @@ class OllamaReply:
         thinking: dict[str, Any] = {"thinking": thought} if thought else {}
         if calls:
             thinking["tool_calls"] = [
-                {"function": {"name": call.name, "arguments": _arguments(call.arguments)}}
+                {"function": {"name": call.name, "arguments": arguments_of(call.arguments)}}
                 for call in calls
             ]
         if self._is_chat:
@@ -279,13 +279,6 @@ def _end(reason: FinishReason, usage: Usage, timings: Timings) -> dict[str, Any]
         "eval_count": usage.completion_tokens,
         "eval_duration": decode,
     }
-
-
-def _arguments(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:  # the answer was cut off
-        return {}
 
 
 def _line(content: Mapping[str, Any]) -> bytes:
