@@ -189,13 +189,15 @@ def test_options_of_llm(name: str) -> None:
         ("model", "m"),
         ("draft_model", "m"),
         ("chat_template", "t.jinja"),
+        ("trust_model", True),
     ],
 )
 def test_ways_to_load_a_model(name: str, value: Any) -> None:
     from amulet_gguf.cli import main
 
     loading = Loading(**{name: value})
-    arguments = [f"--{name.replace('_', '-')}", str(value)]
+    option = f"--{name.replace('_', '-')}"
+    arguments = [option] if value is True else [option, str(value)]
     assert chosen(*arguments)[1] == loading
     assert llm_plugin._given(llm_plugin.AmuletModel.Options(**{name: value}), LOADING) == {name: value}
     assert CliRunner().invoke(main, ["profiles", "add", "p", *arguments]).exit_code == 0

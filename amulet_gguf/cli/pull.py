@@ -30,12 +30,13 @@ def pull(name: str | None) -> None:
         raise click.UsageError(f"name a model: OWNER/REPO, or one of {', '.join(CATALOGUE)}")
 
     from amulet_gguf.home.paths import models_folder
-    from amulet_gguf.models import hub
+    from amulet_gguf.models import hub, trial
 
     source = hub.parse_source(name)
     click.echo(f"looking for {source.repo}", err=True)
     with _Bars() as bars:
         path = hub.pull(source, models_folder(), bars.update)
+    trial.trust(path)
     if not bars.names:
         click.echo("it is here already, as the hub has it", err=True)
     click.echo(path)

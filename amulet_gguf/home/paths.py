@@ -38,6 +38,11 @@ def tastes_folder() -> Path:
     return data_folder() / "tastes"
 
 
+def cache_folder() -> Path:
+    """What can be made again."""
+    return _folder(platformdirs.user_cache_dir("amulet", appauthor=False))
+
+
 def history_file() -> Path:
     """What was typed in `amulet chat`, for its line editor."""
     return data_folder() / "history"

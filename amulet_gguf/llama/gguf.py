@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import math
 import mmap
@@ -49,10 +50,12 @@ class Header:
         metadata: its keys, but for long arrays, of which only the length is kept (as an int under
             "KEY.length").
         n_parameters: numbers in all tensors; 0 if only the beginning was read.
+        n_bytes: up to the end of the table of tensors; 0 likewise.
     """
 
     metadata: dict[str, Any]
     n_parameters: int
+    n_bytes: int = 0
 
     @property
     def architecture(self) -> str:
@@ -110,10 +113,17 @@ def read_header(path: Path, *, brief: bool = False) -> Header:
     """
     check_magic(path)
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).header(brief)
+        stat = path.stat()
+        return _read(path, brief, stat.st_mtime_ns, stat.st_size, stat.st_ino)
     except OSError as error:
         raise ModelNotFoundError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
+
+
+@functools.lru_cache(maxsize=4)  # loading a model asks three times, and a large vocabulary takes 40 ms
+def _read(path: Path, brief: bool, *_identity: int) -> Header:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data).header(brief)
     except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise ModelFormatError(
             f"{shown(path)} is damaged or incomplete ({error}): download it again"
@@ -197,7 +207,7 @@ class _Reader:
                 raise ValueError(f"a tensor of {n_dimensions} dimensions")
             n_parameters += math.prod(self._scalar("Q") for _ in range(n_dimensions))
             self._skip(4 + 8)  # its type and where it begins
-        return Header(metadata, n_parameters)
+        return Header(metadata, n_parameters, self._at)
 
     def _scalar(self, form: str) -> Any:
         (value,) = struct.unpack_from(f"<{form}", self._data, self._at)

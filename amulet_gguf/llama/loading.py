@@ -19,6 +19,7 @@ class LoadOptions(TypedDict, total=False):
     rpc: str | None
     draft_model: str | os.PathLike[str] | None
     chat_template: str | os.PathLike[str] | None
+    trust_model: bool
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,13 @@ class Loading(Declared):
         metavar="FILE",
         otherwise="the model's own",
     )
+    trust_model: bool = setting(
+        False,
+        "Load a model file at once, or try one that is new here first in a process that it may end.",
+        "switch",
+        off="--try-model",
+        otherwise="try",
+    )
 
     @property
     def options(self) -> LoadOptions:
@@ -97,6 +105,7 @@ class Loading(Declared):
             "rpc": self.rpc,
             "draft_model": self.draft_model,
             "chat_template": self.chat_template,
+            "trust_model": self.trust_model,
         }
 
 

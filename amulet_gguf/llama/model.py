@@ -1,9 +1,8 @@
 """llama.cpp made safe: loading it, and a model's weights and vocabulary.
 
 llama.cpp answers some mistakes by ending the process. Everything here that could lead to one is
-checked in Python first and raised as an error of `amulet_gguf.errors`. One thing is known to be left:
-a file whose metadata contradict themselves (two tokens spelled alike, no layers) passes for a model
-until an assertion of llama.cpp's loader ends the process.
+checked in Python first and raised as an error of `amulet_gguf.errors`. A file whose metadata contradict
+themselves in a way that nobody thought of is left: `amulet_gguf.models.trial` tries new files elsewhere.
 """
 
 from __future__ import annotations

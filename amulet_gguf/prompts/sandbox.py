@@ -59,7 +59,7 @@ class Renderer:
             raise PromptError(f"the chat template is too long: {len(source)} characters")
         self._source = source
         digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-        self._is_guarded = digest not in _TRUSTED and _can_start_python()
+        self._is_guarded = digest not in _TRUSTED and can_start_python()
         self._render(None)
 
     def render(
@@ -184,7 +184,7 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _can_start_python() -> bool:
+def can_start_python() -> bool:
     """Tell whether this program is Python, not an application that holds one."""
     return "py" in Path(sys.executable or "").stem.lower()
 

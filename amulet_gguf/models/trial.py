@@ -1,0 +1,201 @@
+"""A model file that is new here is tried in a process of its own before it is loaded.
+
+llama.cpp answers some contradictions in a file by ending the process or by never coming back, and no
+list of them is complete. What was tried is remembered by a digest of all that precedes the weights
+(their numbers end nothing) and by the version of llama.cpp, so that a file is tried once. Files that
+`amulet models pull` verified, and the bundled one, need no trial.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from amulet_gguf.errors import AmuletError, ModelError, ModelFormatError
+from amulet_gguf.home.paths import cache_folder
+from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.gguf import parts, read_header, shown
+from amulet_gguf.llama.memory import MIN_N_CTX
+from amulet_gguf.llama.model import Model, can_offload
+from amulet_gguf.prompts.sandbox import can_start_python
+
+#: Digests of files that need no trial: the bundled model's.
+_TRUSTED: Final = frozenset({"1b266ebd5266a11da6f927a5909f40d01970837a0db8d1d54bd90d68a0e7c75a"})
+_SECONDS: Final = 30.0  # for a small file; it takes one
+_BYTES_PER_SECOND: Final = 50e6  # of a slow disk, from which a large file is read
+_MEMORY: Final = 4 * 2**30  # beyond twice the file, which may be mapped and repacked
+_MAX_KEPT: Final = 16_384  # bytes of what the process writes
+_MAX_SAID: Final = 160  # characters that are quoted of what llama.cpp said
+_START: Final = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
+    "from amulet_gguf.models import trial; trial.main(sys.argv[1], json.loads(sys.argv[2]))"
+)
+#: What the process writes when llama.cpp came back, whether it liked the file or not.
+_WORKS: Final = b"works\n"
+_REFUSED: Final = b"refused\n"
+# Bytes that a vocabulary may lack, characters of several bytes, digits and blanks in a row.
+_TEXT: Final = (
+    "".join(map(chr, range(1, 0x250))) + " Word   word\n\n1234567 汉字 кириллица عربي 🙂\ufffd"
+)
+
+
+def try_out(path: Path, n_gpu_layers: int | None = None) -> None:
+    """Try a model file that is new here: load it elsewhere, and decode some tokens.
+
+    A file that llama.cpp refuses in good order is left to whoever loads it.
+
+    Args:
+        n_gpu_layers: as `Model`.
+
+    Raises:
+        ModelFormatError: it ends the process that loads it, or comes to no end.
+        ModelNotFoundError: it cannot be read.
+    """
+    digest = _digest(path)
+    if digest in _TRUSTED or _mark(digest).exists() or not can_start_python():
+        return
+    n_bytes = sum(part.stat().st_size for part in parts(path))
+    seconds = _SECONDS + n_bytes / _BYTES_PER_SECOND
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-c", _START, path, json.dumps(n_gpu_layers), json.dumps(sys.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C at the terminal is for this process, which then ends the other
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+    )
+    with _ended(process, seconds) as is_late:
+        said = _last_words(process)
+        code = process.wait()
+    if code == 0 and said.endswith(_WORKS):
+        _remember(digest)
+    elif is_late.is_set():
+        raise ModelFormatError(
+            f"{shown(path)} did not give a token within {seconds:.0f} seconds: it is damaged, or this "
+            "machine too slow for it; --trust-model loads it untried"
+        )
+    elif code != 0 or not said.endswith(_REFUSED):
+        raise ModelFormatError(
+            f"{shown(path)} ends llama.cpp ({_reason(said, code)}): it is damaged, or of a kind that "
+            "this version does not know; download it again, or choose another"
+        )
+
+
+def trust(path: Path) -> None:
+    """Remember a file as one that needs no trial, if it is a model."""
+    with suppress(ModelError):
+        _remember(_digest(path))
+
+
+def main(path: str, n_gpu_layers: int | None) -> None:
+    """Load a model and use it as an answer does; the process may end on the way."""
+    _set_limits(path)
+    try:
+        with Model(path, n_gpu_layers=n_gpu_layers) as model:
+            _use(model)
+        verdict = _WORKS
+    except AmuletError:
+        verdict = _REFUSED
+    sys.stdout.buffer.write(b"\n" + verdict)
+
+
+def _use(model: Model) -> None:
+    model.special_texts()
+    for token in range(model.n_vocab):
+        model.token_bytes(token)
+    tokens = model.tokenize(_TEXT)[:16]
+    with Context(model, n_ctx=MIN_N_CTX, n_sequences=2) as context:
+        for n_rows in (len(tokens), 1):
+            for sequence in (0, 1):
+                context.add(sequence, tokens[:n_rows], output=True)
+            context.decode()
+
+
+def _set_limits(path: str) -> None:
+    if sys.platform == "win32":
+        import ctypes
+
+        ctypes.windll.kernel32.SetErrorMode(0x8003)  # no window that waits for somebody to close it
+        return
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if (
+        sys.platform == "linux" and not can_offload()
+    ):  # a GPU's driver reserves addresses by the terabyte
+        n_bytes = sum(part.stat().st_size for part in parts(Path(path)))
+        with suppress(ValueError, OSError):  # less is set already
+            resource.setrlimit(resource.RLIMIT_AS, (2 * n_bytes + _MEMORY, resource.RLIM_INFINITY))
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
+    """Kill a process when its time is over or the block ends; tell whether it was late."""
+    is_late = threading.Event()
+
+    def end() -> None:
+        is_late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, end)
+    timer.start()
+    try:
+        yield is_late
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _last_words(process: subprocess.Popen[bytes]) -> bytes:
+    """Return the end of what a process writes; it may write any amount."""
+    assert process.stdout is not None
+    said = b""
+    while block := os.read(process.stdout.fileno(), 65_536):
+        said = (said + block)[-_MAX_KEPT:]
+    return said
+
+
+def _reason(said: bytes, code: int) -> str:
+    """Return what llama.cpp said last, in a line that can be printed, or else the signal."""
+    lines = [line for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+    if not lines:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code:#x}"
+    words = "".join(c if c.isprintable() else " " for c in lines[-1].rsplit("/", 1)[-1])
+    return " ".join(words.split())[:_MAX_SAID]
+
+
+def _digest(path: Path) -> str:
+    """Return what tells a model from others: all of its files that precedes weights, and their sizes."""
+    digest = hashlib.sha256()
+    for part in parts(path) or [path]:
+        n_bytes = read_header(part).n_bytes
+        with part.open("rb") as file:
+            digest.update(f"{n_bytes} {os.fstat(file.fileno()).st_size} ".encode())
+            digest.update(file.read(n_bytes))
+    return digest.hexdigest()
+
+
+def _mark(digest: str) -> Path:
+    """Return the file that is there if a model was tried with this version of llama.cpp."""
+    import llama_cpp
+
+    return cache_folder() / "tried" / f"{llama_cpp.__version__}-{digest}"
+
+
+def _remember(digest: str) -> None:
+    mark = _mark(digest)
+    with suppress(OSError):  # a home that cannot be written: it is tried again
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
