@@ -34,7 +34,7 @@ _N_SAMPLES: Final = 2000
 _TYPICAL: Final = 0.07
 _N_TYPICAL: Final = 10
 _SPREAD: Final = 1.3  # of where samples are looked for: tails are longer than the approximation's
-_MAX_STEPS: Final = 25
+_MAX_STEPS: Final = 100
 _MAX_HALVINGS: Final = 10
 _TOLERANCE: Final = 1e-3  # of a weight: importance makes up for the rest
 
@@ -153,8 +153,9 @@ def _modes(x: Float64Array) -> tuple[Float64Array, Float64Array]:
         curvatures = weighted.transpose(0, 2, 1) @ x + prior
         steps = np.linalg.solve(curvatures, gradients[..., None])[..., 0]
         before = _log_joint(_log_chances(x, modes), modes)
-        for _ in range(_MAX_HALVINGS):  # it is not convex
-            falls = _log_joint(_log_chances(x, modes + steps), modes + steps) < before - _TOLERANCE
+        for _ in range(_MAX_HALVINGS):  # it is not convex: too long a step would swing around the mode
+            enough = before + (steps * gradients).sum(axis=1) / 4
+            falls = _log_joint(_log_chances(x, modes + steps), modes + steps) < enough
             if not falls.any():
                 break
             steps[falls] /= 2
