@@ -196,6 +196,7 @@ class _Api:
             asked.n,
             has_usage,
             await self.desk.prompt(asked, settings) if is_verbose else None,
+            bool(body.timings_per_token),
         )
         asked = dataclasses.replace(asked, n_alternatives=reply.n_alternatives)
         return await self._answering.answer(

@@ -34,7 +34,7 @@ _IGNORED: Final = frozenset({
     "user", "store", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention",
     "prompt_cache_options", "safety_identifier", "verbosity", "cache_prompt", "keep_alive",
     "skip_special_tokens",
-    "spaces_between_special_tokens", "id_slot", "n_keep", "n_discard", "timings_per_token",
+    "spaces_between_special_tokens", "id_slot", "n_keep", "n_discard",
     "reasoning_format", "parse_tool_calls", "mirostat_tau", "mirostat_eta",
     "dynatemp_exponent", "xtc_threshold", "dry_base", "dry_allowed_length", "dry_penalty_last_n",
     "dry_sequence_breakers", "min_keep", "samplers", "backend_sampling", "priority", "request_id",

@@ -85,6 +85,7 @@ class OpenAIReply:
         n: answers to each prompt.
         has_usage: a stream ends with its counts.
         prompt: to be told with the answer, or None.
+        has_timings: each part of a stream tells the times so far, as llama.cpp's.
     """
 
     model: str
@@ -95,6 +96,7 @@ class OpenAIReply:
     n: int = 1
     has_usage: bool = False
     prompt: str | None = None
+    has_timings: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -157,6 +159,7 @@ class OpenAIReply:
 
     def opening(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
         """Yield the events that begin each choice."""
+        self._streams = streams
         for index in range(len(streams) if self.is_chat else 0):
             yield self._chunk(index, {"role": "assistant", "content": None}, None)
 
@@ -225,7 +228,11 @@ class OpenAIReply:
             choice["logprobs"] = self._logprobs(index, [piece])
             if self.explain:
                 choice["amulet"] = _moved(piece.text, piece.changed, piece.explanation)
-        return event({**self._head("chat.completion.chunk"), "choices": [choice]})
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        if self.has_timings:
+            stream = self._streams[index]
+            chunk["timings"] = timings_of(stream.usage, stream.timings)
+        return event(chunk)
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if self.n_logprobs is None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from amulet_gguf.engine.answer import Answer, CallPart, FinishReason, Kind, Piece, Usage
 from amulet_gguf.server.desk import named_event
 from amulet_gguf.server.errors import RequestError
-from amulet_gguf.server.replies import call_id
+from amulet_gguf.server.replies import call_id, timings_of
 from amulet_gguf.stream import AnswerStream
 
 _CALL: Final = "function_call"
@@ -48,15 +48,17 @@ class ResponsesReply:
 
     media_type = "text/event-stream"
 
-    def __init__(self, model: str, echo: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, echo: Mapping[str, Any], has_timings: bool = False) -> None:
         """Begin a response.
 
         Args:
             echo: what it repeats of its request.
+            has_timings: each part of a streamed text tells the times so far, as llama.cpp's.
         """
         self.id = f"resp_{secrets.token_hex(24)}"
         self._model = model
         self._echo = echo
+        self._has_timings = has_timings
         self._created = int(time.time())
         self._n_events = 0
         self._output: list[dict[str, Any]] = []
@@ -81,6 +83,7 @@ class ResponsesReply:
         return self._response(_status(answer.finish_reason), answer.usage)
 
     def opening(self, streams: Sequence[AnswerStream]) -> Iterable[bytes]:
+        self._stream = streams[0]
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", response=self._response("in_progress"))
 
@@ -98,7 +101,8 @@ class ResponsesReply:
                 yield from self._end_item("completed")
                 yield from self._begin_item(kind)
             self._text += piece.text
-            yield self._part_event("delta", delta=piece.text)
+            more = {"timings": self._timings} if self._has_timings else {}
+            yield self._part_event("delta", delta=piece.text, **more)
         if piece.finish_reason is not None:
             self._reason = piece.finish_reason
 
@@ -109,7 +113,7 @@ class ResponsesReply:
             yield from self._begin_item(_MESSAGE)  # an empty answer is one
         yield from self._end_item(status)
         response = self._response(status, streams[0].usage)
-        yield self._event(f"response.{status}", response=response)
+        yield self._event(f"response.{status}", response=response, timings=self._timings)
 
     def failed(self, error: RequestError) -> Iterable[bytes]:
         yield from self._end_item("incomplete")
@@ -163,6 +167,10 @@ class ResponsesReply:
     @property
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": len(self._output), "content_index": 0}
+
+    @property
+    def _timings(self) -> dict[str, Any]:
+        return timings_of(self._stream.usage, self._stream.timings)
 
     def _part_event(self, what: str, **more: Any) -> bytes:
         """Return an event of the text being written."""

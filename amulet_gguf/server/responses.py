@@ -35,7 +35,7 @@ def routes(desk: Desk) -> APIRouter:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         asked = body.asked()
         name, settings = desk.settings_for(asked)
-        reply = ResponsesReply(name, body.echo(settings))
+        reply = ResponsesReply(name, body.echo(settings), bool(body.timings_per_token))
         return await desk.answer(asked, settings, reply, request, bool(body.stream))
 
     @router.post("/v1/responses/input_tokens")
@@ -70,6 +70,7 @@ class ResponsesRequest(Open):
     profile: str | None = None
     # llama.cpp's:
     return_progress: bool | None = None
+    timings_per_token: bool | None = None
     # What would need something that is kept:
     previous_response_id: str | None = None
     conversation: Any = None

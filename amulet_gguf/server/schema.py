@@ -100,6 +100,7 @@ class _Request(Open):
     response_format: ResponseFormat | None = None
 
     return_progress: bool | None = None
+    timings_per_token: bool | None = None
     profile: str | None = None
     adjustable: bool | None = None
     explain: bool | None = None

@@ -380,6 +380,22 @@ def test_a_stream_tells_how_much_of_the_prompt_is_read(tiny: Tiny) -> None:
         assert "prompt_progress" not in plain
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+def test_each_part_of_a_stream_tells_the_times_to_who_wants_them(http: httpx.Client, path: str) -> None:
+    asked: dict[str, Any] = {"temperature": 0.8, "seed": 3, "stream": True}
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    prompt = {CHAT: "messages", "/v1/completions": "prompt", "/v1/responses": "input"}[path]
+    asked |= {limit: 6, prompt: ASKED["messages"] if path == CHAT else "Once"}
+    lines = http.post(path, json={**asked, "timings_per_token": True}).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    counts = [event["timings"]["predicted_n"] for event in events if "timings" in event]
+    assert counts == sorted(counts)
+    assert len(counts) > 1
+    assert counts[-1] == 6
+    plain = http.post(path, json=asked).text
+    assert plain.count("timings") == (path == "/v1/responses")  # at its end
+
+
 def test_tokens_that_were_forced_have_probabilities_too(http: httpx.Client) -> None:
     whole = ask(http, regex="The sea is wide[.!]", logprobs=True, top_logprobs=2, max_tokens=30)
     entries = whole["choices"][0]["logprobs"]["content"]
