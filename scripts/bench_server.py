@@ -17,7 +17,7 @@ import time
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.server.app import create_app
 from amulet_gguf.server.guard import Access
-from amulet_gguf.server.run import listen, make_server
+from amulet_gguf.server.run import listening, make_server
 from amulet_gguf.server.served import Served
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.settings import Settings
@@ -83,11 +83,11 @@ def main() -> None:
                 firsts.append(time.time())
 
         type(amulet.engine)._advance = noted  # type: ignore[method-assign, assignment]
-        with listen(Access(), 0) as listener:
+        with listening(Access(), 0) as listeners:
             is_ready = threading.Event()
             app = create_app(Served(service, "bench", n_sequences=16), Access())
             server = make_server(app, is_ready.set, lambda: None)
-            thread = threading.Thread(target=server.run, args=([listener],))
+            thread = threading.Thread(target=server.run, args=(listeners,))
             thread.start()
             is_ready.wait()
             asked = {
@@ -96,7 +96,7 @@ def main() -> None:
                 "stream": True,
             }
             asked |= {"max_tokens": TOKENS, "temperature": 1.5, "seed": 1}
-            port = str(listener.getsockname()[1])
+            port = str(listeners[0].getsockname()[1])
             for n in (1, 8):
                 arguments = [sys.executable, "-c", CLIENT, port, str(n), json.dumps(asked)]
                 client = subprocess.Popen(

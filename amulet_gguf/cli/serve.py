@@ -22,7 +22,13 @@ from amulet_gguf.errors import SettingError
 @click.command()
 @settings_options
 @loading_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--host",
+    multiple=True,
+    default=["127.0.0.1"],
+    show_default=True,
+    help="Address to listen on. Repeatable, as for 127.0.0.1 and ::1.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any.")
 @click.option(
     "--api-key",
@@ -68,6 +74,12 @@ from amulet_gguf.errors import SettingError
     help="Origin of pages that may ask, such as http://localhost:5173. Repeatable.",
 )
 @click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice(["page", "metrics", "slots"]),
+    help="Part of the server that is not to be there. Repeatable.",
+)
+@click.option(
     "--ready-json",
     is_flag=True,
     help="Write one line to stdout when the server listens: JSON with url, port, model and pid. The "
@@ -92,7 +104,7 @@ from amulet_gguf.errors import SettingError
     help="Append the log to this file.  [default: stderr]",
 )
 def serve(
-    host: str,
+    host: tuple[str, ...],
     port: int,
     api_key: str | None,
     parallel: int,
@@ -101,6 +113,7 @@ def serve(
     strict_model: bool,
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
+    without: tuple[str, ...],
     ready_json: bool,
     exit_with_parent: bool,
     log_level: str,
@@ -125,7 +138,7 @@ def serve(
         from amulet_gguf.server.app import create_app
         from amulet_gguf.server.guard import Access
         from amulet_gguf.server.logs import begin_logging
-        from amulet_gguf.server.run import listen, make_server
+        from amulet_gguf.server.run import listening, make_server
         from amulet_gguf.server.served import Served
         from amulet_gguf.server.starting import Starting
     except ModuleNotFoundError as error:
@@ -144,13 +157,13 @@ def serve(
     config = load_config()
     failures: list[BaseException] = []
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(listen(access, port))  # before the model is loaded for nothing
+        listeners = stack.enter_context(listening(access, port))  # before a model is loaded for nothing
         path = find_model(loading.model)
         asked = str(loading.model or ".gguf")
         is_name = not asked.endswith(".gguf") and os.sep not in asked
         name = asked if is_name else path.stem.lower()
-        shown = f"[{host}]" if ":" in host else host
-        port = listener.getsockname()[1]
+        shown = f"[{host[0]}]" if ":" in host[0] else host[0]
+        port = listeners[0].getsockname()[1]
         url = f"http://{shown}:{port}"
         drain = begin_logging(log_level, log_file)
         bar = stack.enter_context(LateBar("Loading the model"))
@@ -175,7 +188,7 @@ def serve(
                 service.wait_ready()
                 bar.close()
                 served = Served(service, name, settings, config, limit_tokens, n_sequences, strict_model)
-                starting.app = create_app(served, access)
+                starting.app = create_app(served, access, without)
                 click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True)
             except BaseException as error:
                 failures.append(error)
@@ -189,7 +202,7 @@ def serve(
             )
         )
         threading.Thread(target=open_up, name="amulet-opening", daemon=True).start()
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     drain()
     ending.finish()
     if failures and not ending.is_begun:

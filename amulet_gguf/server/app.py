@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -33,13 +33,21 @@ from amulet_gguf.server.tastes import Tastes
 
 #: Modules with `routes` and `PATHS`, beside OpenAI's chat completions.
 DIALECTS: Final = (responses, anthropic, ollama, llamacpp)
+#: What a server may do without, and under which path it is.
+PARTS: Final = {"page": "/", "metrics": "/metrics", "slots": "/slots"}
 
 
-def create_app(served: Served, access: Access | None = None) -> ASGIApp:
-    """Return the server as an ASGI app, guarded."""
+def create_app(served: Served, access: Access | None = None, without: Collection[str] = ()) -> ASGIApp:
+    """Return the server as an ASGI app, guarded.
+
+    Args:
+        without: `PARTS` that are left out.
+    """
     access = access or Access()
     api = _Api(served)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    for part in without:  # what comes first is what answers
+        app.get(PARTS[part])(_absent)
     app.get("/")(api.page)
     app.get("/health")(api.health)
     app.get("/metrics")(api.prometheus)
@@ -86,12 +94,18 @@ def guarded(app: ASGIApp, access: Access, count: Callable[[str, int], None]) -> 
         inner = CORSMiddleware(
             inner,
             allow_origins=list(access.allow_origins),
-            allow_methods=["GET", "HEAD", "POST", "PATCH", "DELETE", "OPTIONS"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE", "OPTIONS"],
             allow_headers=["*"],  # clients send many of their own
             allow_credentials=True,  # some send them whether there are any or not
             allow_private_network=True,
         )
     return Guard(inner, access, count)
+
+
+async def _absent(request: Request) -> Response:
+    is_page = request.scope["path"] == PARTS["page"]
+    message = "the server was started without this (--without)"
+    raise RequestError(404 if is_page else 501, message, code="not_supported")  # as llama.cpp's
 
 
 def _invalid(error: RequestValidationError) -> RequestError:

@@ -38,16 +38,21 @@ class Access:
     """Who may ask.
 
     Attributes:
-        host: the address or name the server listens on.
+        hosts: the addresses or names the server listens on.
         api_key: that requests must carry; None: none.
         allow_hosts: names by which the server may be called, beside its own.
         allow_origins: of pages that may ask, such as "http://localhost:5173".
     """
 
-    host: str = "127.0.0.1"
+    hosts: tuple[str, ...] = ("127.0.0.1",)
     api_key: str | None = None
     allow_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
+
+    @property
+    def is_private(self) -> bool:
+        """Nobody reaches it from other machines."""
+        return all(map(is_loopback, self.hosts))
 
 
 def is_loopback(host: str) -> bool:
@@ -71,7 +76,7 @@ class Guard:
         """
         self._app = app
         self._access = access
-        self._names = {"localhost", access.host.lower(), *(name.lower() for name in access.allow_hosts)}
+        self._names = {name.lower() for name in ("localhost", *access.hosts, *access.allow_hosts)}
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,7 +167,7 @@ class Guard:
             return True
         if any(name.endswith(each[1:]) for each in self._names if each.startswith("*.")):
             return True
-        if is_loopback(self._access.host):
+        if self._access.is_private:
             return False
         try:  # rebinding takes a name
             ipaddress.ip_address(name)

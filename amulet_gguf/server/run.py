@@ -52,25 +52,35 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-def listen(access: Access, port: int) -> socket.socket:
-    """Return a socket that listens.
+@contextlib.contextmanager
+def listening(access: Access, port: int) -> Generator[list[socket.socket], None, None]:
+    """Listen, with a socket for each address; all have the same port, any free one for 0.
 
     Raises:
-        SettingError: the address is not this machine's, is in use, or is open to others without a key.
+        SettingError: an address is not this machine's, is in use, or is open to others without a key.
     """
-    if not is_loopback(access.host) and not access.api_key:
+    if not access.is_private and not access.api_key:
+        others = ", ".join(host or "''" for host in access.hosts if not is_loopback(host))
         raise SettingError(
-            f"{access.host} can be reached by others: set --api-key or AMULET_API_KEY, or listen on "
-            "127.0.0.1"
+            f"{others} can be reached by others: set --api-key or AMULET_API_KEY, or listen on 127.0.0.1"
         )
     if "*" in access.allow_origins:
         raise SettingError("--allow-origin takes origins, not *: every page could ask")
-    family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        sockets: list[socket.socket] = []
+        for host in access.hosts:
+            sockets.append(stack.enter_context(_listen(host, port)))
+            port = sockets[0].getsockname()[1]
+        yield sockets
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((access.host, port), family=family, backlog=256)
+        listener = socket.create_server((host, port), family=family, backlog=256)
     except (OSError, OverflowError) as error:
         why = error.strerror if isinstance(error, OSError) else "no such port"
-        raise SettingError(f"cannot listen on {access.host}, port {port}: {why or error}") from None
+        raise SettingError(f"cannot listen on {host}, port {port}: {why or error}") from None
     # Where a socket does not say that it is TCP's, asyncio leaves Nagle's delay on: 40 ms an answer.
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=listener.detach())
 

@@ -32,7 +32,7 @@ from amulet_gguf.errors import SettingError
 from amulet_gguf.home.config import parse
 from amulet_gguf.server import guard, run
 from amulet_gguf.server.guard import Access
-from amulet_gguf.server.run import listen
+from amulet_gguf.server.run import listening
 from amulet_gguf.settings import Settings
 
 CHAT = "/v1/chat/completions"
@@ -503,20 +503,37 @@ def test_a_key_is_asked_for(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.com", ""])
 def test_others_are_not_let_in_without_a_key(host: str) -> None:
-    with pytest.raises(SettingError, match="AMULET_API_KEY"):
-        listen(Access(host=host), 0)
-    with pytest.raises(SettingError, match="allow-origin"):
-        listen(Access(allow_origins=("*",)), 0)
+    for hosts in ((host,), ("127.0.0.1", host)):
+        with pytest.raises(SettingError, match="AMULET_API_KEY"), listening(Access(hosts), 0):
+            pass
+    with pytest.raises(SettingError, match="allow-origin"), listening(Access(allow_origins=("*",)), 0):
+        pass
 
 
 def test_what_is_sent_is_not_held_back() -> None:
-    with listen(Access(), 0) as listener:
-        assert listener.proto == socket.IPPROTO_TCP  # without, asyncio does not set TCP_NODELAY
+    with listening(Access(), 0) as listeners:
+        assert listeners[0].proto == socket.IPPROTO_TCP  # without, asyncio does not set TCP_NODELAY
 
 
 def test_an_address_in_use_is_told(server: Running) -> None:
-    with pytest.raises(SettingError, match="in use"):
-        listen(Access(), server.port)
+    with pytest.raises(SettingError, match="in use"), listening(Access(), server.port):
+        pass
+
+
+def test_several_addresses_have_one_port(tiny: Tiny) -> None:
+    hosts = ("127.0.0.1", "::1" if socket.has_dualstack_ipv6() else "127.0.0.2")
+    with serving(tiny("llama"), Access(hosts)) as running:
+        for host in hosts:
+            shown = f"[{host}]" if ":" in host else host
+            assert httpx.get(f"http://{shown}:{running.port}/v1/models").status_code == 200
+
+
+def test_parts_may_be_left_out(tiny: Tiny) -> None:
+    with serving(tiny("llama"), without=("page", "slots")) as running:
+        got = {path: httpx.get(running.url + path) for path in ("/", "/slots", "/metrics", "/health")}
+        assert [answer.status_code for answer in got.values()] == [404, 501, 200, 200]
+        assert "without" in got["/"].json()["error"]["message"]
+        assert "without" in got["/slots"].json()["error"]["message"]
 
 
 def test_a_strength_changes_while_text_streams(server: Running, http: httpx.Client) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from amulet_gguf.home.config import Config
 from amulet_gguf.server.app import create_app
 from amulet_gguf.server.guard import Access
-from amulet_gguf.server.run import listen, make_server
+from amulet_gguf.server.run import listening, make_server
 from amulet_gguf.server.served import Served
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.settings import Settings
@@ -46,22 +46,23 @@ def serving(
     settings: Settings | None = None,
     config: Config | None = None,
     max_tokens: int = 450,
+    without: tuple[str, ...] = (),
     **options: Any,
 ) -> Iterator[Running]:
     access = access or Access()
     options = {"n_ctx": 512, "n_threads": 1, "n_sequences": 8, **options}
-    with AmuletService(path, **options) as service, listen(access, 0) as listener:
+    with AmuletService(path, **options) as service, listening(access, 0) as listeners:
         service.wait_ready()
         n_sequences = options["n_sequences"]
         served = Served(
             service, path.stem, settings or Settings(), config, max_tokens, n_sequences=n_sequences
         )
         is_ready = threading.Event()
-        server = make_server(create_app(served, access), is_ready.set, lambda: None)
-        thread = threading.Thread(target=server.run, args=([listener],))
+        server = make_server(create_app(served, access, without), is_ready.set, lambda: None)
+        thread = threading.Thread(target=server.run, args=(listeners,))
         thread.start()
         assert is_ready.wait(20)
-        port = listener.getsockname()[1]
+        port = listeners[0].getsockname()[1]
         try:
             yield Running(f"http://127.0.0.1:{port}", port, service)
         finally:
