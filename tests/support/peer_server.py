@@ -10,6 +10,7 @@ import atexit
 import json
 import os
 import re  # noqa: F401  (tests take these from here)
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,9 @@ class ServerProcess:
 
     def __init__(self) -> None:
         self.server_host = "127.0.0.1"
-        self.server_port = 0
+        with socket.socket() as free:  # a test may know the address from a server before
+            free.bind(("127.0.0.1", 0))
+            self.server_port = free.getsockname()[1]
         self.model_alias = "tinyllama-2"
         self.n_ctx, self.n_batch, self.n_slots, self.n_predict = 512, 32, 2, 64
         self.temperature, self.seed = 0.8, 42
@@ -86,10 +89,10 @@ class ServerProcess:
             self.chat_template_file = str(self._named_template(self.chat_template))
         n_ctx = self.n_ctx if self.kv_unified else self.n_ctx // self.n_slots
         command = [
-            sys.executable, "-m", "amulet_gguf", "serve", "--port", "0", "--ready-json", "-m",
-            str(model), "--n-ctx", str(n_ctx), "--n-batch", str(max(32, self.n_batch)),
-            "--parallel", str(self.n_slots), "--temperature", str(self.temperature),
-            "--seed", str(self.seed),
+            sys.executable, "-m", "amulet_gguf", "serve", "--port", str(self.server_port),
+            "--ready-json", "-m", str(model), "--n-ctx", str(n_ctx),
+            "--n-batch", str(max(32, self.n_batch)), "--parallel", str(self.n_slots),
+            "--temperature", str(self.temperature), "--seed", str(self.seed),
             "--limit-tokens", str(self.n_predict if self.n_predict and self.n_predict > 0 else 4096),
             "-n", str(self.n_predict if self.n_predict and self.n_predict > 0 else 4096),
         ]  # fmt: skip
@@ -98,6 +101,11 @@ class ServerProcess:
             command += ["--chat-template", str(file if file.exists() else TEMPLATES / file.name)]
         for origin in ORIGINS if self.cors_origins == "localhost" else PAGES:
             command += ["--allow-origin", origin]
+        for host in self.server_host.split(","):
+            command += ["--host", host]
+        parts = {"page": self.no_ui, "slots": self.server_slots is False}
+        for part in (name for name, is_without in parts.items() if is_without):
+            command += ["--without", part]
         environment = dict(os.environ)
         if self.api_key is not None:
             environment["AMULET_API_KEY"] = self.api_key
@@ -109,7 +117,6 @@ class ServerProcess:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError("the server did not start")
-        self.server_port = json.loads(line)["port"]
         deadline = time.monotonic() + timeout_seconds
         while httpx.get(self.make_url("/health")).status_code != 200:
             assert time.monotonic() < deadline
@@ -134,7 +141,7 @@ class ServerProcess:
         ServerProcess.running = None
 
     def make_url(self, path: str, host: str | None = None) -> str:
-        return f"http://{host or self.server_host}:{self.server_port}{path}"
+        return f"http://{host or self.server_host.split(',')[0]}:{self.server_port}{path}"
 
     def make_request(
         self,
