@@ -8,9 +8,11 @@ import math
 import mmap
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from amulet_gguf.errors import ModelFormatError, ModelNotFoundError
 
@@ -34,12 +36,26 @@ FILE_TYPES: Final = {
     25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M",
     32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4", 39: "NVFP4", 40: "Q1_0",
 }  # fmt: skip
+#: The key of the vocabulary.
+TOKENS: Final = "tokenizer.ggml.tokens"
 #: What ends the name of a file that is part of a model: its number, and how many there are.
 SPLIT: Final = re.compile(r"-([0-9]{5})-of-([0-9]{5})\Z")
 _GUESSED: Final = 1024  # a bit that is set where llama.cpp guessed the type
 _IN_NAME: Final = re.compile(
     r"(?<![A-Z0-9])(I?Q\d_[A-Z0-9]+(_[A-Z0-9]+)?|TQ[12]_0|MXFP4|NVFP4|BF16|F16|F32)(?![A-Z0-9])"
 )
+
+
+class Tensor(NamedTuple):
+    """A line of the table of tensors.
+
+    Attributes:
+        shape: the length of a row first.
+        kind: its type, ggml's `ggml_type`.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
 
 
 @dataclass(frozen=True)
@@ -49,13 +65,20 @@ class Header:
     Attributes:
         metadata: its keys, but for long arrays, of which only the length is kept (as an int under
             "KEY.length").
-        n_parameters: numbers in all tensors; 0 if only the beginning was read.
+        tensors: by name; none if only the beginning was read.
         n_bytes: up to the end of the table of tensors; 0 likewise.
+        tokens_at: where the spellings of the vocabulary begin; 0 where there are none.
     """
 
     metadata: dict[str, Any]
-    n_parameters: int
+    tensors: dict[str, Tensor]
     n_bytes: int = 0
+    tokens_at: int = 0
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in all tensors; 0 if only the beginning was read."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def architecture(self) -> str:
@@ -72,7 +95,7 @@ class Header:
 
     @property
     def n_vocab(self) -> int:
-        length = self.metadata.get("tokenizer.ggml.tokens.length")
+        length = self.metadata.get(f"{TOKENS}.length")
         return self.number("vocab_size") or (length if isinstance(length, int) else 0)
 
     @property
@@ -121,9 +144,28 @@ def read_header(path: Path, *, brief: bool = False) -> Header:
 
 @functools.lru_cache(maxsize=4)  # loading a model asks three times, and a large vocabulary takes 40 ms
 def _read(path: Path, brief: bool, *_identity: int) -> Header:
+    with _mapped(path) as data:
+        return _Reader(data).header(brief)
+
+
+def read_tokens(path: Path, header: Header) -> list[bytes]:
+    """Return the spellings of the vocabulary, as the file has them; errors as `read_header`."""
+    unpack, at, tokens = struct.Struct("<Q").unpack_from, header.tokens_at, list[bytes]()
+    with _mapped(path) as data:
+        for _ in range(header.metadata[f"{TOKENS}.length"] if at else 0):
+            begin = at + 8
+            at = begin + unpack(data, at)[0]
+            tokens.append(data[begin:at])
+    return tokens
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).header(brief)
+            yield data
+    except OSError as error:
+        raise ModelNotFoundError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise ModelFormatError(
             f"{shown(path)} is damaged or incomplete ({error}): download it again"
@@ -179,6 +221,7 @@ class _Reader:
         self._data = data
         self._at = 4
         self._n_texts = 0
+        self._tokens_at = 0
 
     def header(self, brief: bool) -> Header:
         version = self._scalar("I")
@@ -193,26 +236,28 @@ class _Reader:
             kind = self._scalar("I")
             if kind == _ARRAY:
                 if brief and key.startswith("tokenizer.") and "general.architecture" in metadata:
-                    return Header(metadata, 0)
+                    break
                 self._array(key, metadata)
             else:
                 metadata[key] = self._text() if kind == _STRING else self._number(kind)
         if brief:
-            return Header(metadata, 0)
-        n_parameters = 0
+            return Header(metadata, {})
+        tensors: dict[str, Tensor] = {}
         for _ in range(n_tensors):
-            self._skip(self._scalar("Q"))  # its name
-            n_dimensions = self._scalar("I")
+            name, n_dimensions = self._text(), self._scalar("I")
             if n_dimensions > 8:
                 raise ValueError(f"a tensor of {n_dimensions} dimensions")
-            n_parameters += math.prod(self._scalar("Q") for _ in range(n_dimensions))
-            self._skip(4 + 8)  # its type and where it begins
-        return Header(metadata, n_parameters, self._at)
+            *shape, kind, _offset = self._scalars(f"{n_dimensions}QIQ")
+            tensors[name] = Tensor(tuple(shape), kind)
+        return Header(metadata, tensors, self._at, self._tokens_at)
+
+    def _scalars(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{form}", self._data, self._at)
+        self._at += struct.calcsize(f"<{form}")
+        return values
 
     def _scalar(self, form: str) -> Any:
-        (value,) = struct.unpack_from(f"<{form}", self._data, self._at)
-        self._at += struct.calcsize(f"<{form}")
-        return value
+        return self._scalars(form)[0]
 
     def _number(self, kind: int) -> Any:
         if kind not in _SCALARS:
@@ -242,6 +287,8 @@ class _Reader:
                 self._at,
                 len(self._data),
             )
+            if key == TOKENS:
+                self._tokens_at = at
             self._n_texts += length
             if self._n_texts > _MAX_TEXTS:
                 raise ValueError(f"{self._n_texts} texts")

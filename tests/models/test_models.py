@@ -247,11 +247,11 @@ def test_a_part_that_promises_endless_parts_is_a_file_alone(home: Path) -> None:
 
 
 def test_parameters_of_all_parts_are_counted(home: Path) -> None:
-    tensor = text_of("t") + struct.pack("<IQQIQ", 2, 3, 5, 0, 0)
+    tensors = [text_of(name) + struct.pack("<IQQIQ", 2, 3, 5, 0, 0) for name in "tu"]
     count = ("split.count", 2, struct.pack("<H", 3))
     for i in (1, 2):
         path = pulled(home, f"o/r/m[1]-0000{i}-of-00003.gguf")  # not a pattern
-        path.write_bytes(header_of(count, n_tensors=i) + tensor * i)
+        path.write_bytes(header_of(count, n_tensors=i) + b"".join(tensors[:i]))
     record = json.loads(run("show", "m[1]", "--json").stdout)
     assert record["parameters"] == 3 * 15
     assert (record["files"], record["files_missing"]) == (2, 1)
