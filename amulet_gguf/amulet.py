@@ -15,6 +15,7 @@ from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import SettingError
 from amulet_gguf.home.text import decoded
+from amulet_gguf.llama.checks import check
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.loading import Loading, LoadOptions
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
@@ -52,8 +53,10 @@ def load_model(
     if loading.rpc is None and (loading.n_gpu_layers == 0 or not can_offload()):
         n_ctx = MIN_N_CTX if n_sequences is None else loading.n_ctx
         check_fits(file, n_ctx, n_sequences or 1)
-    if not loading.trust_model and loading.rpc is None:
-        try_out(file, loading.n_gpu_layers)
+    if not loading.trust_model:
+        check(file)
+        if loading.rpc is None:
+            try_out(file, loading.n_gpu_layers)
     return Model(
         file,
         n_gpu_layers=loading.n_gpu_layers,

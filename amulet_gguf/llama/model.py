@@ -1,8 +1,8 @@
 """llama.cpp made safe: loading it, and a model's weights and vocabulary.
 
 llama.cpp answers some mistakes by ending the process. Everything here that could lead to one is
-checked in Python first and raised as an error of `amulet_gguf.errors`. A file whose metadata contradict
-themselves in a way that nobody thought of is left: `amulet_gguf.models.trial` tries new files elsewhere.
+checked in Python first and raised as an error of `amulet_gguf.errors`. Left are files that contradict
+themselves: `checks` refuses what is known to end it, and `amulet_gguf.models.trial` tries new files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from amulet_gguf.errors import (
     ModelFormatError,
     SettingError,
 )
-from amulet_gguf.llama.gguf import Header, check_magic, read_header
+from amulet_gguf.llama.gguf import Header, check_magic, read_header, shown
 from amulet_gguf.llama.memory import cache_bytes
 from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
 from amulet_gguf.method.arrays import Tokens
@@ -61,6 +61,7 @@ _SPECIAL: Final = (
 )
 _GGML_LOG_ERROR: Final = 4
 _MAX_GPU_LAYERS: Final = 100_000
+_MAX_QUOTED: Final = 200
 recent_errors: deque[str] = deque(maxlen=4)
 _setup_lock = threading.Lock()
 _is_set_up = False
@@ -190,7 +191,8 @@ class Model:
         else:
             return
         raise ModelFormatError(
-            f"{self.path} is {kind} ({architecture}): choose a model that writes text token by token"
+            f"{shown(self.path)} is {kind} ({architecture}): choose a model that writes text token by "
+            "token"
         )
 
     def metadata(self, key: str) -> str | None:
@@ -296,8 +298,15 @@ class Model:
 
 
 def because() -> str:
-    """Return the first complaint of llama.cpp since the last call, without the name of its function."""
-    return f": {' '.join(recent_errors[0].split(': ', 1)[-1].split())}" if recent_errors else ""
+    """Return the first complaint of llama.cpp since the last call, without the name of its function.
+
+    It may quote the file: what cannot be printed is left out, and so is what is too long.
+    """
+    if not recent_errors:
+        return ""
+    words = " ".join(recent_errors[0].split(": ", 1)[-1].split())
+    words = "".join(letter for letter in words if letter.isprintable())
+    return f": {words}" if len(words) <= _MAX_QUOTED else f": {words[:_MAX_QUOTED]}…"
 
 
 def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | None) -> Any:
@@ -323,7 +332,7 @@ def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | Non
         raise failure[0]
     if not model:
         raise ModelFormatError(
-            f"llama.cpp cannot load {path}{because()}: the file is damaged or incomplete, or of a "
-            "kind that this version does not know; download it again"
+            f"llama.cpp cannot load {shown(path)}{because()}: the file is damaged or incomplete, or of "
+            "a kind that this version does not know; download it again"
         )
     return model
