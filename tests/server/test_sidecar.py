@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.timeout(90)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 SERVE = ("-m", "amulet_gguf", "serve")
+DEMO = Path(__file__).parents[2] / "scripts" / "sidecar_demo.mjs"
 #: The command, with a model that stays at 42 % until a file is there.
 GATED = """
 import sys, time
@@ -283,6 +285,31 @@ def test_nohup_is_respected(arguments: list[str]) -> None:
     with started(*SERVE, *arguments, preexec_fn=ignore) as served:
         served.process.send_signal(signal.SIGHUP)
         served.wait_ready()
+
+
+def demo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the example for other languages."""
+    if shutil.which("node") is None:
+        pytest.skip("Node.js is not installed")
+    command = ["node", DEMO, sys.executable, *SERVE, *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, encoding="utf-8", timeout=80)
+
+
+@pytest.mark.model
+def test_the_example_asks_streams_adjusts_and_ends(real_model: Path) -> None:
+    done = demo("-m", real_model, "-c", 512)
+    assert done.returncode == 0, done.stderr
+    whole, stream = done.stdout.split("Uplifting")
+    assert all(len(text.split()) > 10 for text in (whole, *stream.split("[strength 3]")))
+    assert "[strength 3]" in stream
+    assert stream.endswith("\n\nThe server has ended: 0\n")
+
+
+def test_the_example_tells_why_there_is_no_server(tmp_path: Path) -> None:
+    done = demo("-m", tmp_path / "none.gguf")
+    assert done.returncode == 1
+    assert "none.gguf" in done.stderr
+    assert done.stderr.endswith("the server has ended: 1\n")
 
 
 def test_what_nobody_reads_is_lost_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
