@@ -4,141 +4,190 @@
     python scripts/desktop_demo.py [MODEL]
 
 Nothing here waits for the model in the window's thread. The service loads it in the background and takes
-questions meanwhile; a thread for each answer takes its pieces and hands them to Qt as signals.
+questions meanwhile; a thread for each answer takes its pieces, and has the window show them.
 """
 
 from __future__ import annotations
 
+import difflib
+import html
+import re
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 
-from PySide6 import QtWidgets
-from PySide6.QtCore import Qt, Signal
-from PySide6.QtGui import QCloseEvent, QKeySequence, QTextCursor
+from PySide6 import QtGui, QtWidgets
+from PySide6.QtCore import Qt, QTimer, Signal
 
 from amulet_gguf import PRESETS, AmuletError, AmuletService, ServiceStream, Settings
+from amulet_gguf.conversation import Conversation
+from amulet_gguf.models import installed
 
 STEPS = 4  # of the slider, in 1 of strength
-EXAMPLE = (
-    "the meeting went ok i guess. we talked about the budget and nobody was happy but we have a plan"
-)
+TASK = "You rewrite what the user gives you. Write the new text and nothing else."
+EXAMPLE = "the meeting went ok i guess. nobody was happy about the budget but we have a plan"
 
 
 class Window(QtWidgets.QMainWindow):
-    """The window. Its signals may be emitted in any thread."""
+    """The window.
 
-    loaded = Signal(float)
-    read = Signal(object, int, int)
-    written = Signal(object, str)
-    ended = Signal(object, str)
+    Its signals may be emitted in any thread. `soon` has the window do something for a service or a
+    stream, unless that one was replaced meanwhile.
+    """
+
+    soon = Signal(object, object)
+    progressed = Signal(str, int, int)  # how much is done, of how much (0: nobody knows)
 
     def __init__(self, model: str | None = None, **options: int) -> None:
+        """Begin to load a model."""
         super().__init__()
         self.setWindowTitle("Amulet writing helper")
-        self.resize(900, 560)
-        self.stream: ServiceStream | None = None
+        self.resize(960, 560)
+        self.options = options
+        self.conversation: Conversation[ServiceStream] | None = None
+        self.stream: ServiceStream | None = None  # the answer under way
+        self.path = self.original = self.text = ""
+        self.later = QTimer(self, singleShot=True, interval=400)  # to see if a style stays as it is
 
-        self.source = QtWidgets.QPlainTextEdit(EXAMPLE)
-        self.result = QtWidgets.QPlainTextEdit()
-        self.result.setReadOnly(True)
-        panes = QtWidgets.QSplitter(Qt.Orientation.Horizontal)
-        panes.addWidget(_labelled("&Your text", self.source))
-        panes.addWidget(_labelled("Re&write", self.result))
-        panes.setSizes([1, 1])
-
-        self.preference = QtWidgets.QComboBox()
-        self.preference.setEditable(True)
-        self.preference.addItems(list(PRESETS))
-        self.preference.setCurrentText("formal")
+        self.source = QtWidgets.QPlainTextEdit(EXAMPLE, placeholderText="Your text, or a selected part")
+        self.result = QtWidgets.QTextEdit(readOnly=True, placeholderText="The text, rewritten")
+        panes = QtWidgets.QSplitter()
+        panes.addWidget(self.source)
+        panes.addWidget(self.result)
+        self.error = QtWidgets.QLabel(wordWrap=True)
+        self.error.setStyleSheet("background: #fbe3e4; color: #8a1f11; padding: 6px")
+        self.shown = QtWidgets.QLabel()
         self.strength = QtWidgets.QSlider(Qt.Orientation.Horizontal)
         self.strength.setRange(0, 10 * STEPS)
-        self.strength.setTickPosition(QtWidgets.QSlider.TickPosition.TicksBelow)
-        self.strength.setTickInterval(STEPS)
-        self.shown = QtWidgets.QLabel()
-        self.shown.setMinimumWidth(self.fontMetrics().horizontalAdvance("ordinary prompting  0.00"))
-        self.strength.valueChanged.connect(self.adjust)
-        self.strength.setValue(3 * STEPS)
-        dial = QtWidgets.QHBoxLayout()
-        dial.addWidget(self.strength)
-        dial.addWidget(self.shown)
-        form = QtWidgets.QFormLayout()
-        form.addRow("It should be &more", self.preference)
-        form.addRow("S&trength", dial)
-        label = form.labelForField(dial)
-        if isinstance(label, QtWidgets.QLabel):
-            label.setBuddy(self.strength)
-
-        self.go = QtWidgets.QPushButton("&Rewrite")
-        self.go.setShortcut(QKeySequence("Ctrl+Return"))
-        self.go.clicked.connect(self.rewrite)
-        self.end = QtWidgets.QPushButton("&Stop")
-        self.end.setShortcut(QKeySequence("Esc"))
-        self.end.setEnabled(False)
-        self.end.clicked.connect(self.stop)
-        buttons = QtWidgets.QHBoxLayout()
-        buttons.addStretch()
-        buttons.addWidget(self.end)
-        buttons.addWidget(self.go)
-
+        self.shown.setBuddy(self.strength)
         whole = QtWidgets.QWidget()
         column = QtWidgets.QVBoxLayout(whole)
-        column.addWidget(panes, 1)
-        column.addLayout(form)
-        column.addLayout(buttons)
+        column.addWidget(panes, stretch=1)
+        for widget in (self.error, self.shown, self.strength):
+            column.addWidget(widget)
         self.setCentralWidget(whole)
-        self.progress = QtWidgets.QProgressBar()
-        self.progress.setMaximumWidth(200)
-        self.progress.setTextVisible(False)
+        self.progress = QtWidgets.QProgressBar(textVisible=False)
         self.statusBar().addPermanentWidget(self.progress)
 
-        self.loaded.connect(self.on_loaded)
-        self.read.connect(self.on_read)
-        self.written.connect(self.on_written)
-        self.ended.connect(self.on_ended)
-        self.statusBar().showMessage("Loading the model…")
-        self.service = AmuletService(model, on_load=self.loaded.emit, **options)  # type: ignore[arg-type]
+        self.models = QtWidgets.QComboBox()
+        for each in installed():
+            self.models.addItem(each.name, str(each.path))
+        self.models.addItem("Open a file…")
+        self.models.activated.connect(self.on_choice)
+        clipboard = QtGui.QGuiApplication.clipboard()
+        actions = self.addToolBar("Actions")
+        actions.addWidget(self.models)
+        actions.addAction("&Paste", lambda: self.source.setPlainText(clipboard.text()))
+        self.go = actions.addAction("&Rewrite", "Ctrl+Return", self.rewrite)
+        self.end = actions.addAction("&Stop", "Esc", self.stop)
+        self.compare = actions.addAction("Co&mpare", lambda: self.show_result())
+        self.compare.setCheckable(True)
+        actions.addAction("&Copy", lambda: clipboard.setText(self.text))
+
+        self.addToolBarBreak()
+        self.wishes = self.addToolBar("Preferences")
+        for name in PRESETS:
+            wish = self.wishes.addAction(name, lambda: self.later.start())
+            wish.setCheckable(True)
+            wish.setChecked(name == "formal")
+        self.own = QtWidgets.QLineEdit(placeholderText="In your own words; or; in several")
+        self.own.returnPressed.connect(self.later.start)
+        self.wishes.addWidget(self.own)
+
+        self.progressed.connect(self.on_progress)
+        self.soon.connect(self.on_soon)
+        self.later.timeout.connect(self.restyle)
+        self.strength.valueChanged.connect(self.adjust)
+        self.strength.setValue(3 * STEPS)
+        self.on_end("Loading the model…", "")
+        self.load(model)
+
+    def on_soon(self, owner: object, do: Callable[[], None]) -> None:
+        if owner in (self.service, self.stream):
+            do()
+
+    def load(self, model: str | None) -> None:
+        """Begin to load a model, and return at once."""
+        self.service = AmuletService(
+            model,
+            on_load=lambda done: self.progressed.emit("Loading the model…", int(done * 100), 100),
+            **self.options,  # type: ignore[arg-type]
+        )
+        self.go.setEnabled(True)
+        self.error.hide()
+        threading.Thread(target=self.wait, args=(self.service,), daemon=True).start()
+
+    def wait(self, service: AmuletService) -> None:
+        """Tell when there is a model, or none; runs in a thread of its own."""
+        try:
+            path = str(service.wait_ready().model.path)
+            self.soon.emit(service, partial(self.on_loaded, path))
+        except AmuletError as error:
+            self.soon.emit(service, partial(self.on_end, "There is no model", str(error)))
+
+    def on_loaded(self, path: str) -> None:
+        self.path = path
+        self.on_progress("Ready", 0, 1)
+        if self.models.findData(path) < 0:
+            self.models.insertItem(0, path, path)
+        self.models.setCurrentIndex(self.models.findData(path))
+
+    def on_choice(self, index: int) -> None:
+        """Close the model, and then load another: there may not be memory for both."""
+        model = self.models.itemData(index)
+        model = model or QtWidgets.QFileDialog.getOpenFileName(self, "Open a model", "", "*.gguf")[0]
+        if not model:
+            self.models.setCurrentIndex(self.models.findData(self.path))
+            return
+        self.stop()
+        self.conversation = None
+        self.go.setEnabled(False)
+        threading.Thread(target=self.exchange, args=(self.service, model), daemon=True).start()
+
+    def exchange(self, service: AmuletService, model: str) -> None:
+        service.close()
+        self.soon.emit(service, partial(self.load, model))
 
     def rewrite(self) -> None:
-        """Ask for a rewrite, in place of the one under way if there is one."""
+        """Ask for a rewrite of what is selected, or of all, in place of the one under way."""
+        selected = self.source.textCursor().selection().toPlainText()
+        self.original, self.text = (selected or self.source.toPlainText()).strip(), ""
+        self.conversation = Conversation(self.service, Settings(system=TASK, max_tokens=400))
+        self.begin(partial(self.conversation.ask, f"Rewrite this text:\n\n{self.original}"))
+
+    def restyle(self) -> None:
+        """Write the last rewrite again as it should be now: what stays the same comes sooner."""
+        if self.stream is not None:
+            self.later.start()  # when that one is written
+        elif self.conversation is not None and self.conversation.messages:
+            self.begin(self.conversation.restyle)
+
+    def begin(self, ask: Callable[..., ServiceStream]) -> None:
+        """Ask for an answer in the style that is chosen, and return at once."""
         self.stop()
-        self.result.clear()
-        text = self.source.toPlainText().strip()
-        read: list[ServiceStream] = []  # the stream, once there is one
-
-        def on_prefill(done: int, total: int) -> None:
-            if read:
-                self.read.emit(read[0], done, total)
-
+        prefer = [wish.text() for wish in self.wishes.actions() if wish.isChecked()]
+        prefer += [text for text in self.own.text().split(";") if text.strip()]
+        on_prefill = partial(self.progressed.emit, "Reading your text…")
         try:
-            settings = Settings(
-                prefer=self.preference.currentText(),
-                strength=self.strength.value() / STEPS,
-                system="You rewrite what the user gives you. Write the new text and nothing else.",
-                max_tokens=400,
-            )
-            stream = self.service.stream(
-                f"Rewrite this text:\n\n{text}", settings=settings, on_prefill=on_prefill
-            )
+            stream = ask(prefer=prefer, strength=self.strength.value() / STEPS, on_prefill=on_prefill)
         except AmuletError as error:
-            self.statusBar().showMessage(str(error))
+            self.on_end("", str(error))
             return
-        read.append(stream)
         self.stream = stream
-        self.end.setEnabled(True)
+        self.error.hide()
+        self.show_result()
         threading.Thread(target=self.follow, args=(stream,), daemon=True).start()
 
     def follow(self, stream: ServiceStream) -> None:
         """Take the pieces of an answer; runs in a thread of its own."""
-        reason = ""
         try:
-            for piece in stream:
-                self.written.emit(stream, piece.text)
-                reason = piece.finish_reason or ""
-            speed = stream.timings.tokens_per_second
-            about = f"{stream.usage.completion_tokens} tokens, {speed:.0f} per second; ended by {reason}"
+            for _ in stream:
+                self.soon.emit(stream, partial(self.show_result, stream.text))
+            about = f"Ended by {stream.answer().finish_reason}"
+            self.soon.emit(stream, partial(self.on_end, about, ""))
         except AmuletError as error:
-            about = str(error)
-        self.ended.emit(stream, about)
+            self.soon.emit(stream, partial(self.on_end, "", str(error)))
 
     def stop(self) -> None:
         """End the answer within a token; what is written stays."""
@@ -146,54 +195,55 @@ class Window(QtWidgets.QMainWindow):
             self.stream.cancel()
 
     def adjust(self, value: int) -> None:
-        """Show the strength, and change it in the answer under way."""
-        strength = value / STEPS
-        name = {0.0: "off", 1.0: "ordinary prompting"}.get(strength, "")
-        self.shown.setText(f"{strength:.2f}  {name}")
+        """Change the strength in the answer under way, or else write the last one again."""
+        self.shown.setText(f"S&trength {value / STEPS:.2f}")
         if self.stream is not None:
-            self.stream.adjust(strength)
+            self.stream.adjust(value / STEPS)
+        else:
+            self.later.start()
 
-    def on_loaded(self, fraction: float) -> None:
-        self.progress.setValue(int(fraction * 100))
-        if fraction >= 1:
-            self.statusBar().showMessage("Ready")
+    def on_end(self, about: str, error: str) -> None:
+        self.stream = None
+        self.on_progress(about, 0, 1)
+        self.error.setText(error)
+        self.error.setVisible(bool(error))
+        self.show_result()
 
-    def on_read(self, stream: ServiceStream, done: int, total: int) -> None:
-        if stream is self.stream:
-            self.statusBar().showMessage("Reading your text…" if done < total else "Writing…")
-            self.progress.setValue(100 * done // max(1, total))
+    def on_progress(self, about: str, done: int, total: int) -> None:
+        self.statusBar().showMessage(about)
+        self.progress.setMaximum(total)
+        self.progress.setValue(done)
 
-    def on_written(self, stream: ServiceStream, text: str) -> None:
-        if stream is self.stream:  # and not one that was replaced
-            self.result.moveCursor(QTextCursor.MoveOperation.End)
-            self.result.insertPlainText(text)
-            self.progress.setValue(100)
+    def show_result(self, text: str = "") -> None:
+        """Show a new text or the last one, or what is changed in it; that not while it is written."""
+        if text:
+            self.text = text
+            self.on_progress("Writing…", 0, 0)
+        self.end.setEnabled(self.stream is not None)
+        if self.compare.isChecked() and self.stream is None:
+            self.result.setHtml(differences(self.original, self.text))
+        else:
+            self.result.setPlainText(self.text)
+            self.result.moveCursor(QtGui.QTextCursor.MoveOperation.End)
 
-    def on_ended(self, stream: ServiceStream, about: str) -> None:
-        if stream is self.stream:
-            self.stream = None
-            self.end.setEnabled(False)
-            self.statusBar().showMessage(about)
-
-    def closeEvent(self, event: QCloseEvent) -> None:  # noqa: N802  (Qt's name)
+    def closeEvent(self, event: QtGui.QCloseEvent) -> None:  # noqa: N802  (Qt's name)
         self.hide()  # the service ends the step it is in first
+        self.soon.disconnect()
         self.service.close()
-        event.accept()
 
 
-def _labelled(title: str, widget: QtWidgets.QWidget) -> QtWidgets.QWidget:
-    label = QtWidgets.QLabel(title)
-    label.setBuddy(widget)
-    box = QtWidgets.QWidget()
-    column = QtWidgets.QVBoxLayout(box)
-    column.setContentsMargins(0, 0, 0, 0)
-    column.addWidget(label)
-    column.addWidget(widget)
-    return box
+def differences(before: str, after: str) -> str:
+    """Return a text as HTML that shows which words of another one it has not, and which are new."""
+    old, new = (re.findall(r"\w+|\s+|.", text) for text in (before, after))
+    shown = ""
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        gone, come = html.escape("".join(old[i:j])), html.escape("".join(new[k:m]))
+        shown += come if kind == "equal" else f"<s>{gone}</s><b>{come}</b>"
+    return f'<p style="white-space: pre-wrap">{shown}</p>'
 
 
 if __name__ == "__main__":
     application = QtWidgets.QApplication(sys.argv)
-    window = Window(sys.argv[1] if len(sys.argv) > 1 else None)
+    window = Window(*sys.argv[1:2])
     window.show()
     sys.exit(application.exec())
