@@ -21,7 +21,7 @@ from amulet_gguf.llama.loading import Loading, LoadOptions
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
 from amulet_gguf.models.find import find_model
-from amulet_gguf.models.trial import try_out
+from amulet_gguf.models.trial import is_known, try_out
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.sandbox import MAX_TEMPLATE
@@ -53,7 +53,7 @@ def load_model(
     if loading.rpc is None and (loading.n_gpu_layers == 0 or not can_offload()):
         n_ctx = MIN_N_CTX if n_sequences is None else loading.n_ctx
         check_fits(file, n_ctx, n_sequences or 1)
-    if not loading.trust_model:
+    if not loading.trust_model and not is_known(file):
         check(file)
         if loading.rpc is None:
             try_out(file, loading.n_gpu_layers)

@@ -48,8 +48,18 @@ _TEXT: Final = (
 )
 
 
+def is_known(path: Path) -> bool:
+    """Tell whether a model file needs no trial.
+
+    Raises:
+        ModelNotFoundError, ModelFormatError: it cannot be read.
+    """
+    digest = _digest(path)
+    return digest in _TRUSTED or _mark(digest).exists()
+
+
 def try_out(path: Path, n_gpu_layers: int | None = None) -> None:
-    """Try a model file that is new here: load it elsewhere, and decode some tokens.
+    """Load a model file in another process, and decode some tokens; remember it if that works.
 
     A file that llama.cpp refuses in good order is left to whoever loads it.
 
@@ -58,10 +68,8 @@ def try_out(path: Path, n_gpu_layers: int | None = None) -> None:
 
     Raises:
         ModelFormatError: it ends the process that loads it, or comes to no end.
-        ModelNotFoundError: it cannot be read.
     """
-    digest = _digest(path)
-    if digest in _TRUSTED or _mark(digest).exists() or not can_start_python():
+    if not can_start_python():
         return
     n_bytes = sum(part.stat().st_size for part in parts(path))
     seconds = _SECONDS + n_bytes / _BYTES_PER_SECOND
@@ -77,7 +85,7 @@ def try_out(path: Path, n_gpu_layers: int | None = None) -> None:
         said = _last_words(process)
         code = process.wait()
     if code == 0 and said.endswith(_WORKS):
-        _remember(digest)
+        trust(path)
     elif is_late.is_set():
         raise ModelFormatError(
             f"{shown(path)} did not give a token within {seconds:.0f} seconds: it is damaged, or this "
@@ -92,8 +100,11 @@ def try_out(path: Path, n_gpu_layers: int | None = None) -> None:
 
 def trust(path: Path) -> None:
     """Remember a file as one that needs no trial, if it is a model."""
-    with suppress(ModelError):
-        _remember(_digest(path))
+    # A home that cannot be written: it is tried again.
+    with suppress(ModelError, OSError):
+        mark = _mark(_digest(path))
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def main(path: str, n_gpu_layers: int | None) -> None:
@@ -192,10 +203,3 @@ def _mark(digest: str) -> Path:
     import llama_cpp
 
     return cache_folder() / "tried" / f"{llama_cpp.__version__}-{digest}"
-
-
-def _remember(digest: str) -> None:
-    mark = _mark(digest)
-    with suppress(OSError):  # a home that cannot be written: it is tried again
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()

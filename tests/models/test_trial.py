@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from fixture_types import Tiny
 
+from amulet_gguf.amulet import load_model
 from amulet_gguf.errors import ModelFormatError
+from amulet_gguf.llama.loading import Loading
 from amulet_gguf.models import trial
 from amulet_gguf.models.find import bundled_model
 
@@ -52,34 +54,38 @@ def with_tokens_alike(model: Path, path: Path) -> Path:
 def test_a_file_is_tried_once_whatever_it_is_called(
     tiny: Tiny, tmp_path: Path, started: list[subprocess.Popen[bytes]], home: Path
 ) -> None:
-    trial.try_out(tiny("llama"))
-    assert len(started) == 1
-    trial.try_out(tiny("llama"))
-    trial.try_out(Path(shutil.copy(tiny("llama"), tmp_path / "other name.gguf")))
-    assert len(started) == 1
-    trial.try_out(tiny("qwen3"))
-    assert len(started) == 2
+    with load_model(Loading(model=tiny("llama"))), load_model(Loading(model=tiny("llama"))):
+        assert len(started) == 1
+    other = shutil.copy(tiny("llama"), tmp_path / "other name.gguf")
+    with load_model(Loading(model=other)):
+        assert len(started) == 1
+    with load_model(Loading(model=tiny("qwen3"))):
+        assert len(started) == 2
     assert len(list((home / "tried").iterdir())) == 2
 
 
-def test_another_version_of_llama_cpp_tries_again(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_file_may_be_trusted(tiny: Tiny, started: list[subprocess.Popen[bytes]], home: Path) -> None:
+    with load_model(Loading(model=tiny("llama"), trust_model=True)):
+        assert not started
+    assert not home.exists()
+
+
+def test_another_version_of_llama_cpp_tries_again(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     trial.try_out(tiny("llama"))
+    assert trial.is_known(tiny("llama"))
     monkeypatch.setattr("llama_cpp.__version__", "0.0.0")
-    trial.try_out(tiny("llama"))
-    assert len(started) == 2
+    assert not trial.is_known(tiny("llama"))
 
 
-def test_the_bundled_model_and_what_is_trusted_are_not_tried(
-    tiny: Tiny, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_the_bundled_model_and_what_is_trusted_are_not_tried(tiny: Tiny, tmp_path: Path) -> None:
     bundled = bundled_model()
     assert bundled is not None
-    trial.try_out(bundled)
+    assert trial.is_known(bundled)
+    assert not trial.is_known(tiny("llama"))
     trial.trust(tiny("llama"))
-    trial.try_out(tiny("llama"))
-    assert not started
+    assert trial.is_known(tiny("llama"))
+    (tmp_path / "none.gguf").write_bytes(b"GGUF")
+    trial.trust(tmp_path / "none.gguf")
 
 
 def test_a_file_that_ends_llama_cpp_is_refused_in_a_line(tiny: Tiny, tmp_path: Path, home: Path) -> None:
