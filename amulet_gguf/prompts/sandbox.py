@@ -93,7 +93,7 @@ class _Process:
     """The process that renders, started when it is needed. For any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._running: subprocess.Popen[bytes] | None = None
 
     def render(self, source: str, names: Mapping[str, Any] | None) -> str:
@@ -103,7 +103,7 @@ class _Process:
             PromptError, TemplateLimitError: see `Renderer.render`.
         """
         request = json.dumps({"source": source, "names": names}).encode() + b"\n"
-        with self._lock:
+        with self.lock:
             reply = self._ask(request)
         if "limit" in reply:
             raise TemplateLimitError(f"the chat template {reply['limit']}")
@@ -195,7 +195,15 @@ def _forget() -> None:
     _process = _Process()
 
 
+@atexit.register
+def _end() -> None:
+    """End the process, unless a thread is using it that the interpreter does not wait for: its pipes are
+    in use, and it ends with its input."""
+    if _process.lock.acquire(blocking=False):
+        _process.close()
+        _process.lock.release()
+
+
 _process = _Process()
-atexit.register(lambda: _process.close())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
