@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ from amulet_gguf.settings import Options, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
+
+logger = logging.getLogger(__name__)
 
 #: What makes the request of an answer.
 Plan: TypeAlias = Callable[[Planner, Settings], Request]
@@ -120,7 +123,10 @@ class AnswerStream(Iterator[Piece]):
         try:
             piece = self._take()
         except BaseException:
-            self.close()
+            try:
+                self.close()
+            except Exception:  # of `on_end`: it must not hide why the answer failed
+                logger.exception("what was to be done at the end of an answer failed")
             raise
         if piece is None:
             raise StopIteration

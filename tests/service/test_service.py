@@ -18,6 +18,7 @@ from serving import is_free, until
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.answer import Piece
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import (
     AmuletError,
     ClosedError,
@@ -28,6 +29,7 @@ from amulet_gguf.errors import (
     QueueFullError,
     SettingError,
 )
+from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.service.stream import ServiceStream
 from amulet_gguf.settings import Settings
@@ -500,6 +502,37 @@ def test_closing_ends_everything(service: Service, when: str, monkeypatch: pytes
         running.wait_ready()
 
 
+def test_a_signal_may_close_it_in_the_middle_of_a_call(service: Service) -> None:
+    running = service()
+    streams = [running.stream("x", max_tokens=LONG) for _ in range(2)]
+    next(streams[0])
+    with running._lock, streams[1]._job.lock:  # as its handler finds them
+        running.close()
+    for stream in streams:
+        with pytest.raises(ClosedError):
+            list(stream)
+
+
+def test_what_fails_at_the_end_of_an_answer_does_not_hide_why_that_failed(
+    service: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    def refuse(*_: object) -> None:
+        raise PromptError("refused")
+
+    def plan(planner: Planner, settings: Settings) -> Request:
+        return planner.request("word " * 20, None, settings)
+
+    running = service(n_batch=8)
+    with pytest.raises(PromptError):
+        running.start(plan, Settings(), on_prefill=refuse, on_end=fail).answer()
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+    with pytest.raises(ZeroDivisionError):
+        running.start(plan, Settings(max_tokens=1), on_end=fail).answer()
+
+
 def test_closing_wakes_a_thread_and_a_task_that_wait(service: Service) -> None:
     running = service()
     gate = Gate(running)  # nothing will ever come
@@ -741,9 +774,11 @@ def test_looks_wait_in_a_queue_that_ends(service: Service) -> None:
     with pytest.raises(QueueFullError):
         running.look(lambda _: True)
     others[0].cancel()
-    threading.Thread(target=running.close).start()
+    closing = threading.Thread(target=running.close)
+    closing.start()
     until(lambda: running.is_closed)
     gate.set()
+    closing.join(20)
     assert first.result(20)
     with pytest.raises(ClosedError):
         others[1].result(20)
