@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from amulet_gguf.engine.answer import Answer, Piece
@@ -85,28 +85,30 @@ def _read(path: str | os.PathLike[str]) -> str:
     return text
 
 
-@contextlib.contextmanager
-def _drafter(model: Model, loading: Loading, n_ctx: int) -> Iterator[Drafter]:
-    """Load the draft model for as long as it is needed."""
+def _drafter(model: Model, loading: Loading, n_ctx: int) -> Drafter:
+    """Load the draft model."""
     small = dataclasses.replace(
         loading, model=loading.draft_model, n_ctx=n_ctx, rpc=None, chat_template=None
     )
-    with load_model(small, n_sequences=1) as drafting:
+    with contextlib.ExitStack() as failed:
+        drafting = failed.enter_context(load_model(small, n_sequences=1))
         check_vocabulary(drafting, model)
-        with Context(
+        context = Context(
             drafting,
             n_ctx=n_ctx,
             n_sequences=1,
             n_batch=loading.n_batch,
             n_threads=loading.n_threads,
-        ) as context:
-            if not context.can_draft:
-                raise SettingError(
-                    f"{drafting.path.name} cannot take tokens back, so that it cannot draft: choose a "
-                    "model without recurrent layers and sliding windows",
-                    "draft_model",
-                )
-            yield Drafter(context, min(drafting.n_vocab, model.n_vocab))
+        )
+        drafter = Drafter(failed.enter_context(context), min(drafting.n_vocab, model.n_vocab))
+        if not context.can_draft:
+            raise SettingError(
+                f"{drafting.path.name} cannot take tokens back, so that it cannot draft: choose a model "
+                "without recurrent layers and sliding windows",
+                "draft_model",
+            )
+        failed.pop_all()
+    return drafter
 
 
 class Amulet:
@@ -120,8 +122,7 @@ class Amulet:
         self.model = model
         self.engine = engine
         self.planner = Planner(model, drafter)
-        self._closing = contextlib.ExitStack()
-        self._closing.callback(engine.close)
+        self._drafter = drafter
 
     @classmethod
     def load(
@@ -172,14 +173,14 @@ class Amulet:
                 n_outputs=max(n_sequences, min(loading.n_batch or N_OUTPUTS, N_OUTPUTS)),
             )
 
+        drafter = None if loading.draft_model is None else _drafter(model, loading, size)
         with contextlib.ExitStack() as failed:
-            drafter = None
-            if loading.draft_model is not None:
-                drafter = failed.enter_context(_drafter(model, loading, size))
+            if drafter is not None:
+                failed.callback(drafter.close)
             engine = Engine(model, make_context, n_sequences)
             failed.callback(engine.close)
             amulet = cls(model, engine, drafter)
-            amulet._closing = failed.pop_all()
+            failed.pop_all()
         return amulet
 
     def __enter__(self) -> Amulet:
@@ -189,8 +190,13 @@ class Amulet:
         self.close()
 
     def close(self) -> None:
-        """Cancel what runs and free all memory."""
-        self._closing.close()
+        """Cancel what runs, after the step under way, and free all memory; from any thread.
+
+        What others do with the model meanwhile ends with ClosedError.
+        """
+        self.engine.close()
+        if self._drafter is not None:
+            self._drafter.close()
         self.model.close()
 
     def stream(

@@ -8,10 +8,10 @@ from typing import Final
 
 import numpy as np
 
-from amulet_gguf.engine.context import Context
 from amulet_gguf.engine.drafts import MAX_DRAFT, Source
 from amulet_gguf.engine.generation import common_prefix
 from amulet_gguf.errors import EngineError, SettingError
+from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.realign import argmax
@@ -56,6 +56,11 @@ class Drafter(Source):
         self._n_vocab = n_vocab
         self._read = np.empty(0, np.int32)
         self._next = 0  # behind it
+
+    def close(self) -> None:
+        """Free the model."""
+        self._context.close()
+        self._context.model.close()
 
     def propose(self, prompt: Tokens, written: Sequence[int], n: int) -> list[int]:
         """Return what the model would write; nothing while it has more to read than a batch."""

@@ -7,6 +7,7 @@ distribution, samples a token, and gives that token back to all branches of its 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from amulet_gguf.engine.generation import Generation
 from amulet_gguf.engine.request import Request
 from amulet_gguf.engine.sequences import Sequences
 from amulet_gguf.errors import AmuletError, ClosedError, EngineError, PromptTooLongError, QueueFullError
+from amulet_gguf.llama.handle import closed, forget_in_child
 from amulet_gguf.method.arrays import Float32Array, Tokens
 from amulet_gguf.method.vocabulary import Detokenizer
 
@@ -59,6 +61,7 @@ class Engine:
         self._stepper: threading.Thread | None = None
         self._stepper_lock = threading.RLock()  # of its own: a step holds the other one all the time
         self._is_stepping = False  # this thread is inside `step`: a collected stream may cancel there
+        forget_in_child(self)
 
     @property
     def n_ctx(self) -> int:
@@ -76,12 +79,18 @@ class Engine:
         return len(self._sequences.live)
 
     def close(self) -> None:
-        """Cancel everything and free the context."""
+        """Cancel everything and free the context, after the step under way; from any thread."""
+        self._sequences.is_closed = True  # no other step begins
         with self._lock:
             for generation in [*self._sequences.live, *self._waiting]:
-                generation.fail(ClosedError("the model was closed during the generation"))
+                generation.fail(closed("the model was closed during the generation"))
             self._waiting.clear()
             self._sequences.close()
+
+    def forget(self) -> None:
+        """See `amulet_gguf.llama.handle.Forgetful`."""
+        self._lock, self._stepper_lock = threading.RLock(), threading.RLock()
+        self.close()
 
     def reserve(self, n_sequences: int) -> None:
         """Make room for generations with so many branches in total to run at once.
@@ -140,7 +149,8 @@ class Engine:
             if not self._is_stepping:  # else the step itself does, when no row is under way
                 if generation in self._waiting:
                     self._waiting.remove(generation)
-                self._sequences.release()
+                with contextlib.suppress(ClosedError):  # a model may end before its engine
+                    self._sequences.release()
 
     def stream(
         self, generation: Generation, on_step: Callable[[Generation], None] | None = None
@@ -217,7 +227,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._sequences.is_closed:
-            raise ClosedError("the model is closed: load it again")
+            raise closed("the model is closed: load it again")
 
     def _advance(self, generation: Generation, logits: Float32Array) -> None:
         if generation.is_finished:  # cancelled since its rows were added

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 
 import numpy as np
 
-from amulet_gguf.errors import ClosedError, EngineError, SettingError
+from amulet_gguf.errors import EngineError, SettingError
+from amulet_gguf.llama.handle import Handle, Owner
 from amulet_gguf.llama.memory import check_cache
 from amulet_gguf.llama.model import Model, because, can_offload, lib, recent_errors
 from amulet_gguf.llama.state import fit_streams
@@ -20,11 +20,22 @@ def max_sequences() -> int:
     return int(lib.llama_max_parallel_sequences())
 
 
-class Context:
+class _Logits:
+    """Rows in a context's memory, which is not freed before the arrays that show them."""
+
+    def __init__(self, context: Handle, shape: tuple[int, int]) -> None:
+        self._context = context
+        address = ctypes.addressof(lib.llama_get_logits(context).contents)
+        self.__array_interface__ = {
+            "version": 3, "typestr": np.dtype(np.float32).str, "data": (address, False), "shape": shape,
+        }  # fmt: skip
+
+
+class Context(Owner):
     """Sequences of one model side by side: rows are added, then decoded together.
 
     Each sequence has a KV cache of its own, so that it reads the same whatever its neighbours hold.
-    Not safe for use by two threads at once.
+    Not safe for use by two threads at once, but for `close`.
 
     Attributes:
         n_ctx: tokens each sequence can hold (what was asked, rounded up to a multiple of 256).
@@ -48,7 +59,7 @@ class Context:
         """Reserve the memory: KV cache of n_ctx * n_sequences tokens, and work space.
 
         Args:
-            model: must stay open for as long as the context.
+            model: must stay open for as long as the context is used.
             n_ctx: tokens per sequence, at least 1.
             n_sequences: from 1 to `max_sequences()`.
             n_batch: rows per decode, at least n_sequences. None: 512 on a GPU, else 128, with which a
@@ -99,8 +110,9 @@ class Context:
             parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.model = model
         recent_errors.clear()
-        self._context = lib.llama_init_from_model(model.handle, parameters)
-        if not self._context:
+        weights = model.handle
+        pointer = lib.llama_init_from_model(weights, parameters)
+        if not pointer:
             raise EngineError(
                 f"llama.cpp could not make a context of {n_sequences} x {n_ctx} tokens"
                 f"{because()}: lower n_ctx or the number of preferences"
@@ -108,11 +120,11 @@ class Context:
         # A number that somebody chose stays; on a GPU, the process waits.
         watches = n_threads is None and not is_offloaded and self.n_threads > 1
         self._watch = Threads(self.n_threads) if watches else None
-        self._finalizer = weakref.finalize(self, lib.llama_free, self._context)
-        self._cache = lib.llama_get_memory(self._context)
-        self.n_ctx = int(lib.llama_n_ctx_seq(self._context))
+        context = Handle(pointer, lib.llama_free, needs=weights)
+        super().__init__(context, "context")
+        self.n_ctx = int(lib.llama_n_ctx_seq(context))
         self.n_sequences = n_sequences
-        self.n_batch = int(lib.llama_n_batch(self._context))
+        self.n_batch = int(lib.llama_n_batch(context))
         self.n_outputs = n_outputs
         self._lengths = [0] * n_sequences
 
@@ -138,20 +150,10 @@ class Context:
         self._n_rows = 0
         self._n_outputs = 0
 
-    def __enter__(self) -> Context:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the memory; logits returned before are gone."""
-        self._finalizer()
-
-    def _check_open(self) -> None:
-        if not self._finalizer.alive:
-            raise ClosedError("the context is closed: load the model again")
-        self.model.handle  # noqa: B018
+    @property
+    def handle(self) -> Handle:
+        self.model.handle  # noqa: B018  (raises when closed)
+        return super().handle
 
     @property
     def room(self) -> int:
@@ -177,7 +179,7 @@ class Context:
         Raises:
             EngineError: no such sequence or token, or no room for them.
         """
-        self._check_open()
+        self.handle  # noqa: B018  (raises when closed)
         n = len(tokens)
         start = self._n_rows
         if not 0 <= sequence < self.n_sequences:
@@ -209,12 +211,12 @@ class Context:
 
         Returns:
             (outputs, V) float32 logits, in the order in which outputs were asked for. A view of
-            llama.cpp's memory, valid until the next `decode` or `close`.
+            llama.cpp's memory, valid until the next `decode`.
 
         Raises:
             EngineError: llama.cpp failed; the sequences of the batch are freed.
         """
-        self._check_open()
+        context = self.handle
         n_rows, n_outputs = self._n_rows, self._n_outputs
         if n_rows == 0:
             raise EngineError("there are no rows to decode")
@@ -222,12 +224,12 @@ class Context:
         self._batch.n_tokens = n_rows
         recent_errors.clear()
         start, computed = times()
-        code = lib.llama_decode(self._context, self._batch)
+        code = lib.llama_decode(context, self._batch)
         if self._watch is not None:
             now, by_now = times()
             if self._watch.note(now - start, by_now - computed, now):
                 self.n_threads = self._watch.n
-                lib.llama_set_n_threads(self._context, self.n_threads, self.n_threads)
+                lib.llama_set_n_threads(context, self.n_threads, self.n_threads)
         if code != 0:
             for sequence in np.unique(self._sequences[:n_rows]).tolist():
                 self.free(sequence)
@@ -236,7 +238,7 @@ class Context:
         shape = (n_outputs, self.model.n_vocab)
         if n_outputs == 0:
             return np.empty(shape, np.float32)
-        return np.ctypeslib.as_array(lib.llama_get_logits(self._context), shape)
+        return np.asarray(_Logits(context, shape))
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` hold what `source` holds. The data moves at the next `decode`.
@@ -244,7 +246,7 @@ class Context:
         Raises:
             EngineError: no such sequence, or rows of one wait for `decode`.
         """
-        self._check_open()
+        context = self.handle
         if not (0 <= source < self.n_sequences and 0 <= target < self.n_sequences):
             raise EngineError(f"no sequence {source} or {target}: there are {self.n_sequences}")
         if self._n_rows:
@@ -252,7 +254,7 @@ class Context:
         if source != target:
             self.free(target)
             # Only whole sequences: without a unified cache, llama.cpp aborts on a part of one.
-            lib.llama_memory_seq_cp(self._cache, source, target, -1, -1)
+            lib.llama_memory_seq_cp(lib.llama_get_memory(context), source, target, -1, -1)
             self._lengths[target] = self._lengths[source]
 
     @property
@@ -274,7 +276,7 @@ class Context:
         Raises:
             EngineError: no such sequence or length, rows wait for `decode`, or the model cannot.
         """
-        self._check_open()
+        context = self.handle
         if not 0 <= sequence < self.n_sequences or not 0 <= length <= self._lengths[sequence]:
             raise EngineError(f"sequence {sequence} does not hold {length} tokens")
         if self._n_rows:
@@ -282,7 +284,8 @@ class Context:
         if length == self._lengths[sequence]:
             return
         if length > 0 and not (
-            self.can_truncate and lib.llama_memory_seq_rm(self._cache, sequence, length, -1)
+            self.can_truncate
+            and lib.llama_memory_seq_rm(lib.llama_get_memory(context), sequence, length, -1)
         ):
             raise EngineError("the model's cache cannot be cut: free the sequence and read it again")
         if length == 0:
@@ -295,13 +298,13 @@ class Context:
         Raises:
             EngineError: no such sequence, or rows wait for `decode`.
         """
-        self._check_open()
+        context = self.handle
         if not 0 <= sequence < self.n_sequences or self._n_rows:
             raise EngineError(f"sequence {sequence} cannot be saved now")
-        size = lib.llama_state_seq_get_size(self._context, sequence)
+        size = lib.llama_state_seq_get_size(context, sequence)
         data = np.empty(size, np.uint8)
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        written = lib.llama_state_seq_get_data(self._context, pointer, size, sequence)
+        written = lib.llama_state_seq_get_data(context, pointer, size, sequence)
         if written != size:
             raise EngineError(f"llama.cpp saved {written} of {size} bytes of a sequence")
         return data.tobytes()
@@ -314,7 +317,7 @@ class Context:
         Raises:
             EngineError: no such sequence, rows wait for `decode`, or the data do not fit.
         """
-        self._check_open()
+        context = self.handle
         if not 0 <= sequence < self.n_sequences or self._n_rows:
             raise EngineError(f"sequence {sequence} cannot be restored now")
         if length > self.n_ctx:
@@ -325,8 +328,8 @@ class Context:
             data = fit_streams(data, length, self.n_sequences)
         array = np.frombuffer(data, np.uint8)
         pointer = array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        read = lib.llama_state_seq_set_data(self._context, pointer, len(data), sequence)
-        end = lib.llama_memory_seq_pos_max(self._cache, sequence)
+        read = lib.llama_state_seq_set_data(context, pointer, len(data), sequence)
+        end = lib.llama_memory_seq_pos_max(lib.llama_get_memory(context), sequence)
         if read == 0 or end + 1 != length:
             self.free(sequence)
             raise EngineError(f"llama.cpp could not restore {length} tokens of a saved conversation")
@@ -334,17 +337,17 @@ class Context:
 
     def free(self, sequence: int) -> None:
         """Empty a sequence."""
-        self._check_open()
+        context = self.handle
         if not 0 <= sequence < self.n_sequences:  # llama.cpp aborts, or for -1 frees all of them
             raise EngineError(f"no sequence {sequence}: there are {self.n_sequences}")
         if sequence in self._sequences[: self._n_rows]:
             raise EngineError(f"rows of sequence {sequence} wait to be decoded: decode or clear first")
-        lib.llama_memory_seq_rm(self._cache, sequence, -1, -1)
+        lib.llama_memory_seq_rm(lib.llama_get_memory(context), sequence, -1, -1)
         self._lengths[sequence] = 0
 
     def clear(self) -> None:
         """Empty all sequences and forget rows that were added."""
-        self._check_open()
-        lib.llama_memory_clear(self._cache, True)
+        context = self.handle
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
         self._lengths = [0] * self.n_sequences
         self._n_rows = self._n_outputs = 0

@@ -14,21 +14,16 @@ import logging
 import os
 import sys
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
-from amulet_gguf.errors import (
-    ClosedError,
-    EngineError,
-    ModelFormatError,
-    SettingError,
-)
+from amulet_gguf.errors import EngineError, ModelFormatError, SettingError
 from amulet_gguf.llama.gguf import Header, check_magic, read_header, shown
+from amulet_gguf.llama.handle import Handle, Owner, check_process, in_use
 from amulet_gguf.llama.memory import cache_bytes
 from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
 from amulet_gguf.method.arrays import Tokens
@@ -91,8 +86,10 @@ def can_offload() -> bool:
     return bool(lib.llama_supports_gpu_offload())
 
 
-class Model:
-    """The weights and vocabulary of a GGUF file, loaded once; free it with `close` or `with`.
+class Model(Owner):
+    """The weights and vocabulary of a GGUF file, loaded once, for any thread; `close` it, or use `with`.
+
+    Its memory is freed when its contexts are, too.
 
     Attributes:
         path: the file.
@@ -127,7 +124,9 @@ class Model:
             ModelFormatError: not a GGUF file, a damaged one, or not a model that writes text.
             SettingError: n_gpu_layers out of range, rpc malformed or not built in.
             EngineError: an RPC server cannot be reached.
+            ClosedError: this process was forked from one that used llama.cpp.
         """
+        check_process()
         if n_gpu_layers is not None and not -1 <= n_gpu_layers <= _MAX_GPU_LAYERS:
             raise SettingError(f"n_gpu_layers must be from -1 to {_MAX_GPU_LAYERS}, got {n_gpu_layers}")
         servers = [] if rpc is None else parse_servers(rpc)
@@ -139,37 +138,26 @@ class Model:
         if n_gpu_layers is None:
             n_gpu_layers = -1 if can_offload() else 0
         self.n_gpu_layers = n_gpu_layers
-        self._model = _load(self.path, n_gpu_layers, progress)
-        self._finalizer = weakref.finalize(self, lib.llama_model_free, self._model)
+        handle = Handle(_load(self.path, n_gpu_layers, progress), lib.llama_model_free)
+        self._vocabulary: Handle | None = Handle(lib.llama_model_get_vocab(handle), needs=handle)
+        super().__init__(handle, "model")
         try:
             self._check_writes_text()
         except ModelFormatError:
             self.close()
             raise
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
-        self.n_ctx_train = int(lib.llama_model_n_ctx_train(self._model))
+        self.n_ctx_train = int(lib.llama_model_n_ctx_train(handle))
         self.chat_template = chat_template or self.metadata("tokenizer.chat_template")
 
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Free the weights. Contexts of the model must be closed before."""
-        self._finalizer()
+        super().close()
+        self._vocabulary = None
 
     @property
-    def handle(self) -> Any:
-        """The `llama_model *`; raises ClosedError after `close`."""
-        if not self._finalizer.alive:
-            raise ClosedError("the model is closed: load it again")
-        return self._model
-
-    @property
-    def _vocab(self) -> Any:
-        return lib.llama_model_get_vocab(self.handle)
+    def _vocab(self) -> Handle:
+        vocabulary = self._vocabulary
+        return self.handle if vocabulary is None else vocabulary  # the former raises
 
     def _check_token(self, token: int) -> None:
         if not 0 <= token < self.n_vocab:  # llama.cpp ends the process
@@ -239,7 +227,8 @@ class Model:
     @functools.cached_property
     def end_tokens(self) -> Tokens:
         """The tokens that end an answer, (n,) int32, ascending."""
-        ends = [token for token in range(self.n_vocab) if self.ends_generation(token)]
+        vocab = self._vocab
+        ends = [token for token in range(self.n_vocab) if lib.llama_vocab_is_eog(vocab, token)]
         return np.array(ends, np.int32)
 
     def token_text(self, token: int) -> str:
@@ -253,11 +242,11 @@ class Model:
 
         Whitespace is left out: some vocabularies hold runs of blanks as such tokens.
         """
-        self.handle  # noqa: B018  (raises when closed)
+        vocab = self._vocab
         texts = (
             self.token_text(token)
             for token in range(self.n_vocab)
-            if lib.llama_vocab_get_attr(self._vocab, token) & _SPECIAL
+            if lib.llama_vocab_get_attr(vocab, token) & _SPECIAL
         )
         return [text for text in texts if text.strip()]
 
@@ -268,20 +257,12 @@ class Model:
             text: any text; lone surrogates become "?".
             special: let texts such as "<|im_end|>" become the control tokens they name.
         """
-        self.handle  # noqa: B018
         data = text.encode("utf-8", "replace")
         size = len(data) + 16  # never fewer bytes than tokens, but for a space prefixed to each part
         while True:
             buffer = np.empty(size, np.int32)
-            count = lib.llama_tokenize(
-                self._vocab,
-                data,
-                len(data),
-                buffer.ctypes.data_as(lib.llama_token_p),
-                size,
-                False,
-                special,
-            )
+            into = buffer.ctypes.data_as(lib.llama_token_p)
+            count = lib.llama_tokenize(self._vocab, data, len(data), into, size, False, special)
             if count >= 0:
                 return buffer[:count].copy()
             size = -count
@@ -309,12 +290,12 @@ def because() -> str:
     return f": {words}" if len(words) <= _MAX_QUOTED else f": {words[:_MAX_QUOTED]}…"
 
 
-def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | None) -> Any:
+def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | None) -> int:
     failure: list[BaseException] = []
 
-    @lib.llama_progress_callback  # type: ignore[untyped-decorator]
     def on_progress(fraction: float, _data: object) -> bool:
         try:  # ctypes swallows what a callback raises, a KeyboardInterrupt too
+            check_process()
             if progress is not None:
                 progress(fraction)
         except BaseException as error:
@@ -323,9 +304,10 @@ def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | Non
 
     parameters = lib.llama_model_default_params()
     parameters.n_gpu_layers = n_gpu_layers
-    parameters.progress_callback = on_progress
+    in_use.add(on_progress)
+    parameters.progress_callback = lib.llama_progress_callback(on_progress)
     recent_errors.clear()
-    model = lib.llama_model_load_from_file(os.fsencode(path), parameters)
+    model: int = lib.llama_model_load_from_file(os.fsencode(path), parameters)
     if failure:
         if model:
             lib.llama_model_free(model)

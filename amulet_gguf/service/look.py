@@ -8,7 +8,6 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any, Generic, TypeVar
 
 from amulet_gguf.amulet import Amulet
-from amulet_gguf.errors import AmuletError
 
 T = TypeVar("T")
 
@@ -20,7 +19,7 @@ class Look(Generic[T]):
         self._make = make
         self.future: Future[T] = Future()
 
-    def settle(self, amulet: Amulet | None, otherwise: AmuletError) -> None:
+    def settle(self, amulet: Amulet | None, otherwise: BaseException) -> None:
         """Ask it, if anybody still waits; without a model, fail."""
         if amulet is None:
             settle(self.future, error=otherwise)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.request import Request
-from amulet_gguf.errors import AmuletError, ClosedError, QueueFullError
+from amulet_gguf.errors import AmuletError, QueueFullError
+from amulet_gguf.llama.handle import closed, forget_in_child
 from amulet_gguf.llama.loading import LoadOptions
 from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
@@ -69,7 +70,7 @@ class AmuletService:
         self._max_waiting = max_waiting
         self._amulet: Amulet | None = None
         self._failure: BaseException | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of those who ask; its own threads never wait for them
         self._jobs: set[ServiceJob] = set()  # not finished, or not yet known to be
         self._running: list[ServiceJob] = []  # of the engine; only its thread looks at it
         self._works: dict[Future[Any], Generator[object, None, Any] | None] = {}  # None: not begun
@@ -84,6 +85,7 @@ class AmuletService:
         )
         # Daemons, because a program's end waits for other threads before it calls this.
         atexit.register(self.close)
+        forget_in_child(self)
         self._planner.start()
         self._engine.start()
 
@@ -107,8 +109,20 @@ class AmuletService:
         self._is_closing = True
         atexit.unregister(self.close)
         self._commands.put(lambda amulet: None)
-        if threading.current_thread() not in (self._engine, self._planner):  # called by a callback
+        is_own = threading.current_thread() in (self._engine, self._planner)  # called by a callback
+        # A signal's handler may be, in the middle of something that the engine's thread has to wait for.
+        is_awaited = any(job.lock._is_owned() for job in list(self._jobs))  # type: ignore[attr-defined]
+        if not is_own and not is_awaited:
             self._engine.join()
+
+    def forget(self) -> None:
+        """See `amulet_gguf.llama.handle.Forgetful`."""
+        self._lock = threading.RLock()
+        self._is_closing = True
+        for job in self._jobs:
+            job.forget(self._closed())
+        for future in self._works:
+            settle(future, error=self._closed())
 
     def wait_ready(self, timeout: float | None = None) -> Amulet:
         """Wait until the model is loaded; return it, to be looked at only.
@@ -117,7 +131,7 @@ class AmuletService:
             AmuletError: it could not be loaded.
             TimeoutError: it took more than so many seconds.
         """
-        if not self._is_ready.wait(timeout):
+        if not (self._is_closing or self._is_ready.wait(timeout)):
             raise TimeoutError(f"the model was not loaded in {timeout} seconds")
         if self._amulet is None or self._is_closing:
             raise self._failure or self._closed()
@@ -195,11 +209,12 @@ class AmuletService:
         """
         job = ServiceJob(plan, settings, **options)
         with self._lock:
-            if self._is_closing:
-                raise self._closed()
             if self.n_waiting >= self._max_waiting:
                 raise QueueFullError(self._max_waiting)
             self._jobs.add(job)
+        if self._is_closing:  # asked last: it is in `_jobs`, for `_end` to see, or this sees the end
+            self._jobs.discard(job)
+            raise self._closed()
         self._unplanned.put(job)
         return ServiceStream(job, self._do)
 
@@ -211,11 +226,11 @@ class AmuletService:
         """
         look = Look(make)
         with self._lock:
-            if self._is_closing:
-                raise self._closed()
-            if self._unplanned.qsize() >= self._max_waiting:
+            if not self._is_closing and self._unplanned.qsize() >= self._max_waiting:
                 raise QueueFullError(self._max_waiting)
             self._unplanned.put(look)
+        if self._is_closing:  # asked last, as in `start`: nobody may see it
+            raise self._closed()
         return look.future
 
     def work(self, make: Callable[[Amulet], Generator[object, None, T]]) -> Future[T]:
@@ -229,10 +244,10 @@ class AmuletService:
             ClosedError: at once, or from the future.
         """
         future: Future[T] = Future()
-        with self._lock:
-            if self._is_closing:
-                raise self._closed()
-            self._works[future] = None
+        self._works[future] = None
+        if self._is_closing:  # asked last, as in `start`
+            self._works.pop(future, None)
+            raise self._closed()
         self._commands.put(partial(self._begin_work, make, future))
         return future
 
@@ -253,16 +268,15 @@ class AmuletService:
             settle(future, done.value)
         except Exception as error:
             settle(future, error=error)
-        with self._lock:
-            del self._works[future]
+        del self._works[future]
 
     def _do(self, action: Action) -> None:
         """Do something on the engine's thread, between two steps."""
         self._commands.put(lambda amulet: action(amulet.engine, amulet.planner))
 
-    def _closed(self) -> ClosedError:
+    def _closed(self) -> BaseException:
         why = f": {self._failure}" if self._failure is not None else ""
-        return ClosedError(f"the service is closed{why}")
+        return closed(f"the service is closed{why}")
 
     def _plan(self) -> None:
         """Be the planner's thread."""
@@ -305,19 +319,18 @@ class AmuletService:
             self._end()
 
     def _end(self) -> None:
-        with self._lock:
-            self._is_closing = True
+        self._is_closing = True
         self._is_ready.set()
         self._unplanned.put(None)
         self._planner.join()  # it may be in the middle of using the model
-        for future, work in self._works.items():
+        for future, work in list(self._works.items()):
             if work is not None:
                 work.close()
             settle(future, error=self._closed())
         self._works.clear()
         if self._amulet is not None:
             self._amulet.close()
-        for job in self._jobs:
+        for job in list(self._jobs):
             job.fail(self._failure if isinstance(self._failure, AmuletError) else self._closed())
         self._jobs.clear()
         self._running.clear()
@@ -336,6 +349,8 @@ class AmuletService:
                 self._commands.get_nowait()(amulet)
 
     def _submit(self, job: ServiceJob, request: Request, planned: Settings, amulet: Amulet) -> None:
+        if self._is_closing:
+            return  # `_end` fails it
         if job.is_cancelled:
             self._forget(job)
             return
@@ -356,8 +371,7 @@ class AmuletService:
         self._forget(job)
 
     def _forget(self, job: ServiceJob) -> None:
-        with self._lock:
-            self._jobs.discard(job)
+        self._jobs.discard(job)
 
     def _step(self, amulet: Amulet) -> None:
         try:

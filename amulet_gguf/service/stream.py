@@ -70,6 +70,13 @@ class ServiceJob(Job):
             self.error = error
         self.notify()
 
+    def forget(self, error: BaseException) -> None:
+        """Fail in a forked process, in which nobody gives back a lock that was taken before."""
+        self.lock = threading.RLock()
+        self._has_news = threading.Condition(self.lock)
+        self._waiters.clear()  # of an event loop that runs elsewhere
+        self.fail(error)
+
     def notify(self) -> None:
         """Wake those who wait; what is new must be in place before."""
         with self.lock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from peer_models import peer_models
 
 from amulet_gguf.errors import PromptError
+from amulet_gguf.llama.handle import Handle, Owner
 from amulet_gguf.llama.model import Model, _set_up, lib
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.prompts.messages import Message, conversation, with_preference
@@ -179,8 +179,10 @@ def vocabulary_of(path: Path) -> Model:
     parameters = lib.llama_model_default_params()
     parameters.vocab_only = True
     model = Model.__new__(Model)
-    model._model = lib.llama_model_load_from_file(str(path).encode(), parameters)
-    assert model._model
-    model._finalizer = weakref.finalize(model, lib.llama_model_free, model._model)
+    pointer = lib.llama_model_load_from_file(str(path).encode(), parameters)
+    assert pointer
+    handle = Handle(pointer, lib.llama_model_free)
+    Owner.__init__(model, handle, "model")
+    model._vocabulary = Handle(lib.llama_model_get_vocab(handle), needs=handle)
     model.n_vocab = int(lib.llama_vocab_n_tokens(model._vocab))
     return model
