@@ -27,7 +27,16 @@ from typing import Any
 
 
 class AmuletError(Exception):
-    """Base of all errors raised on purpose by `amulet_gguf`."""
+    """Base of all errors raised on purpose by `amulet_gguf`. They can be copied and pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way calls `__init__` with the message, whatever that takes.
+        kind, arguments, *state = tuple(super().__reduce__())
+        return _again, (kind, arguments), *state
+
+
+def _again(kind: type[AmuletError], arguments: tuple[Any, ...]) -> AmuletError:
+    return kind.__new__(kind, *arguments)
 
 
 class SettingError(AmuletError, ValueError):
