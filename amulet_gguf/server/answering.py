@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from typing import Any, Protocol
 
-from sse_starlette import EventSourceResponse
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Send
+from starlette.responses import Response
 
 from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.errors import AmuletError
 from amulet_gguf.server.asked import MAX_ANSWERS, Asked
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.metrics import Metrics
+from amulet_gguf.server.streaming import Streamed
 from amulet_gguf.service.service import AmuletService
 from amulet_gguf.service.stream import ServiceStream
 from amulet_gguf.settings import Settings
 from amulet_gguf.stream import AnswerStream, OnPrefill
-
-_SEND_SECONDS: Final = 60.0  # for a client that does not read
 
 
 class Reply(Protocol):
@@ -79,10 +76,7 @@ class Answering:
             for stream in streams:
                 await stream.accepted()
             if is_streamed:
-                events = self._events(reply, streams, reading)
-                if reply.media_type != "text/event-stream":
-                    return _Lines(events, media_type=reply.media_type)
-                return EventSourceResponse(events, send_timeout=_SEND_SECONDS)
+                return Streamed(self._events(reply, streams, reading), reply.media_type)
             answers = await self._collect(streams, request)
         except BaseException:
             for stream in streams:
@@ -132,7 +126,7 @@ class Answering:
 
     async def _events(
         self, reply: Reply, streams: Sequence[ServiceStream], reading: _Reading | None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         self.live[reply.id] = streams
         try:
             for each in reply.opening(streams):
@@ -190,16 +184,6 @@ class _Reading:
         finally:
             written.cancel()
             told.cancel()
-
-
-class _Lines(StreamingResponse):
-    """A stream that is not of events, and as patient with a client that does not read."""
-
-    async def stream_response(self, send: Send) -> None:
-        async def sent(message: Message) -> None:
-            await asyncio.wait_for(send(message), _SEND_SECONDS)
-
-        await super().stream_response(sent)
 
 
 async def _merged(streams: Sequence[ServiceStream]) -> AsyncIterator[tuple[int, Piece]]:

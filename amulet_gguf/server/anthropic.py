@@ -27,6 +27,7 @@ from amulet_gguf.server.desk import (
 from amulet_gguf.server.errors import RequestError, as_json
 from amulet_gguf.server.replies import call_id
 from amulet_gguf.server.schema import Open, Whole
+from amulet_gguf.server.streaming import EVENTS
 from amulet_gguf.stream import AnswerStream
 
 PATHS: Final = ("/v1/messages", "/v1/messages/count_tokens")
@@ -171,7 +172,7 @@ def _function(tool: Mapping[str, Any]) -> dict[str, Any]:
 class MessagesReply:
     """The message that answers one request; a `Reply`."""
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
     def __init__(self, model: str) -> None:
         self.id = f"msg_{secrets.token_hex(12)}"

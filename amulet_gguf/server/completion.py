@@ -15,6 +15,7 @@ from amulet_gguf.server.desk import unusable
 from amulet_gguf.server.errors import RequestError
 from amulet_gguf.server.replies import event, timings_of
 from amulet_gguf.server.schema import Open, Whole
+from amulet_gguf.server.streaming import EVENTS
 from amulet_gguf.settings import Settings
 from amulet_gguf.stream import AnswerStream
 
@@ -104,7 +105,7 @@ def told(settings: Settings, n_probs: int, is_streamed: bool) -> dict[str, Any]:
 class CompletionReply:
     """The answer to raw prompts; a `Reply`."""
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
     def __init__(
         self,

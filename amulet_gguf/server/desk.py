@@ -15,6 +15,7 @@ from amulet_gguf.amulet import Amulet
 from amulet_gguf.server.answering import Answering, Reply
 from amulet_gguf.server.asked import Asked
 from amulet_gguf.server.errors import RequestError
+from amulet_gguf.server.replies import as_line
 from amulet_gguf.server.schema import ChatMessage, conversation
 from amulet_gguf.server.schemas import held
 from amulet_gguf.server.served import Served
@@ -191,5 +192,4 @@ def arguments_of(call: str) -> Any:
 
 def named_event(content: Mapping[str, Any]) -> bytes:
     """Return a server-sent event that is called as its content's type."""
-    data = json.dumps(content, separators=(",", ":"))
-    return f"event: {content['type']}\ndata: {data}\n\n".encode()
+    return f"event: {content['type']}\ndata: {as_line(content)}\n\n".encode()

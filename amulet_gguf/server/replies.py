@@ -16,6 +16,7 @@ from typing import Any, Final
 from amulet_gguf.engine.answer import Answer, CallPart, FinishReason, Piece, Timings, Usage
 from amulet_gguf.method.explanation import Explanation
 from amulet_gguf.server.errors import RequestError
+from amulet_gguf.server.streaming import EVENTS
 from amulet_gguf.stream import AnswerStream
 
 #: Reported, as OpenAI does, where a probability is too small to have a logarithm.
@@ -26,9 +27,13 @@ FINGERPRINT: Final = f"b{version('llama-cpp-python')}-amulet-{version('amulet-gg
 DONE: Final = b"data: [DONE]\n\n"
 
 
+#: Made once: `json.dumps` would make one for every token.
+as_line: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def event(content: Any) -> bytes:
     """Return a server-sent event."""
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {as_line(content)}\n\n".encode()
 
 
 def usage_of(usages: Iterable[Usage], n: int) -> dict[str, Any]:
@@ -101,12 +106,14 @@ class OpenAIReply:
 
     def __post_init__(self) -> None:
         self.id = ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(16)
+        # The same in every part of a stream, most of which are as short as a token.
+        self._begin_chunk = f"data: {as_line(self._head('chat.completion.chunk'))[:-1]},"
         self._offsets: dict[int, int] = {}  # of the text so far, by choice
         self._callers: set[int] = set()  # choices that call a function
 
     @property
     def media_type(self) -> str:
-        return "text/event-stream"
+        return EVENTS
 
     @property
     def n_alternatives(self) -> int:
@@ -228,11 +235,11 @@ class OpenAIReply:
             choice["logprobs"] = self._logprobs(index, [piece])
             if self.explain:
                 choice["amulet"] = _moved(piece.text, piece.changed, piece.explanation)
-        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        rest: dict[str, Any] = {"choices": [choice]}
         if self.has_timings:
             stream = self._streams[index]
-            chunk["timings"] = timings_of(stream.usage, stream.timings)
-        return event(chunk)
+            rest["timings"] = timings_of(stream.usage, stream.timings)
+        return f"{self._begin_chunk}{as_line(rest)[1:]}\n\n".encode()
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         if self.n_logprobs is None:

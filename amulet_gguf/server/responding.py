@@ -11,6 +11,7 @@ from amulet_gguf.engine.answer import Answer, CallPart, FinishReason, Kind, Piec
 from amulet_gguf.server.desk import named_event
 from amulet_gguf.server.errors import RequestError
 from amulet_gguf.server.replies import call_id, timings_of
+from amulet_gguf.server.streaming import EVENTS
 from amulet_gguf.stream import AnswerStream
 
 _CALL: Final = "function_call"
@@ -46,7 +47,7 @@ def _part(kind: str, text: str) -> dict[str, Any]:
 class ResponsesReply:
     """The response to one request; a `Reply`."""
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
     def __init__(self, model: str, echo: Mapping[str, Any], has_timings: bool = False) -> None:
         """Begin a response.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from serving import Running, is_free, serving, until
 
 from amulet_gguf.engine.answer import Answer, CallPart, Piece, Timings, Usage
 from amulet_gguf.prompts.sandbox import CHATML
-from amulet_gguf.server import answering
+from amulet_gguf.server import streaming
 from amulet_gguf.server.guard import Access
 from amulet_gguf.server.ollama import OllamaReply
 from amulet_gguf.service.service import AmuletService
@@ -619,16 +619,48 @@ def test_clients_that_vanish_leave_nothing_behind(server: Running) -> None:
 
 
 def test_lines_that_nobody_reads_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "_SEND_SECONDS", 0.05)
+    monkeypatch.setattr(streaming, "_SEND_SECONDS", 0.05)
+    monkeypatch.setattr(streaming, "_PING_SECONDS", 0.02)
+    closed = []
 
-    async def stuck(_: Any) -> None:
+    async def stuck(*_: Any) -> Any:
         await asyncio.sleep(20)
 
-    async def lines() -> AsyncIterator[bytes]:
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            await stuck()
+
+    async def lines() -> AsyncGenerator[bytes, None]:
+        try:
+            yield b"{}"
+        finally:
+            closed.append(True)
+
+    for kind in (streaming.EVENTS, "application/x-ndjson"):
+        with pytest.raises((TimeoutError, asyncio.TimeoutError)):
+            asyncio.run(streaming.Streamed(lines(), kind)({"type": "http"}, stuck, send))
+    assert closed == [True, True]
+
+
+@pytest.mark.parametrize("kind", [streaming.EVENTS, "application/x-ndjson"])
+def test_streams_of_events_show_signs_of_life(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "_PING_SECONDS", 0.02)
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body"))
+
+    async def nothing() -> Any:
+        await asyncio.sleep(20)
+
+    async def slow() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(0.3)
         yield b"{}"
 
-    with pytest.raises((TimeoutError, asyncio.TimeoutError)):
-        asyncio.run(answering._Lines(lines()).stream_response(stuck))
+    asyncio.run(streaming.Streamed(slow(), kind)({"type": "http"}, nothing, send))
+    assert (b": ping\n\n" in sent) == (kind == streaming.EVENTS)
+    assert sent[0] is None
+    assert sent[-2:] == [b"{}", b""]
 
 
 def test_a_server_that_is_closed_says_so_in_every_dialect(tiny: Tiny) -> None:
