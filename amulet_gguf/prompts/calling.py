@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ from amulet_gguf.prompts.grammars import Matcher, closed
 from amulet_gguf.prompts.tools import HERMES, Form, Tools
 
 _MAX_BARE: Final = 16  # functions whose calls are recognized without tags
+#: How models lay out the JSON of a call, up to the value of its arguments.
+_LAYOUTS: Final = (
+    '{{"name": {}, "arguments":',
+    '{{\n  "name": {},\n  "arguments":',
+    '{{\n    "name": {},\n    "arguments":',
+)
+#: What may stand around it instead of tags.
+_FENCES: Final = (("", ""), ("```json\n", "\n```"))
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ def ways(
     compiled: Callable[[str, Mapping[str, Any]], Matcher],
 ) -> list[Way]:
     """Return how calls may begin: as the family writes them, and with models that forget the tags
-    around them, as JSON that an answer begins with.
+    around them, as JSON that an answer begins with, or a block of it.
 
     Args:
         compiled: gives the matcher of a grammar in llguidance's dialect of Lark, made of schemas.
@@ -55,11 +64,13 @@ def ways(
     ]
     found = [Way(form, compiled(_any_of(rules), tools.callable))]
     if form.between == HERMES.between and not tools.is_needed and len(rules) <= _MAX_BARE:
-        for name, schema in tools.callable.items():
-            opens = json.dumps({"name": name})[:-1] + ', "arguments":'
-            bare = Form(opens, "", "", "}", "", (), is_alone=True)
-            rule = f'" "? %json {json.dumps(closed(schema))} "}}"'
-            found.append(Way(bare, compiled(_any_of([rule]), {name: schema}), name))
+        for (name, schema), (opens, closes) in itertools.product(tools.callable.items(), _FENCES):
+            after = "}" + closes
+            rule = f'" "? %json {json.dumps(closed(schema))} /[ \\n]{{0,8}}/ {_quoted(after)}'
+            grammar = compiled(_any_of([rule]), {name: schema})
+            for layout in _LAYOUTS:
+                begin = opens + layout.format(json.dumps(name))
+                found.append(Way(Form(begin, "", "", after, "", (), is_alone=True), grammar, name))
     return found
 
 
@@ -175,7 +186,8 @@ class Calling:
         assert self.grammar is not None
         self._body += text
         is_done = self.grammar.push(token, data)
-        found = self._arguments(len(self._body) - len(self._way.form.after))
+        end = max(0, len(self._body) - len(self._way.form.after))
+        found = self._arguments(len(self._body[:end].rstrip()))
         if is_done:
             self.grammar = None
             self.is_over = not self._tools.is_parallel

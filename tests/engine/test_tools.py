@@ -152,6 +152,16 @@ ROME, TIME = Call("get_weather", '{"city": "Rome"}'), Call("now", "{}")
             "",
             [Call("get_weather", '{"city": "Oslo"}')],
         ),
+        ('```json\n{"name": "now", "arguments": {}}\n```', "", [TIME]),
+        (
+            '```json\n{\n  "name": "get_weather",\n  "arguments": {\n    "city": "Rome"\n  }\n}\n'
+            "```\nSo.",
+            "\nSo.",
+            [Call("get_weather", '{\n    "city": "Rome"\n  }')],
+        ),
+        ('{\n    "name": "now",\n    "arguments": {}\n}', "", [TIME]),
+        ('```json\n{"name": "Ann"}\n```', '```json\n{"name": "Ann"}\n```', []),
+        ("```\nnow()\n```", "```\nnow()\n```", []),
         ('{"name": "Ann", "arguments": {}}', '{"name": "Ann", "arguments": {}}', []),
         ('So {"name": "now", "arguments": {}}', 'So {"name": "now", "arguments": {}}', []),
     ],
