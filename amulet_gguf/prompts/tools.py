@@ -75,6 +75,20 @@ _FORMS: Final = (
     Form(
         '{"name":', ' "', '", "parameters": ', "}", "", ('{"name": function name, "parameters"',), True
     ),  # Llama
+    Form(  # Apriel
+        "<tool_calls>[", '{"name": "', '", "arguments": ', "}]", "</tool_calls>", ("<tool_calls>[",)
+    ),
+    Form(  # Nemotron Nano 2
+        "<TOOLCALL>[", '{"name": "', '", "arguments": ', "}]", "</TOOLCALL>", ("<TOOLCALL>[",)
+    ),
+    Form(  # MiniMax M1
+        "<tool_calls>",
+        '\n{"name": "',
+        '", "arguments": ',
+        "}",
+        "\n</tool_calls>",
+        ("<tool_calls>", '"arguments"'),
+    ),
     HERMES,
 )
 #: Families that write arguments as something else than JSON, or whose templates leave calls out: they

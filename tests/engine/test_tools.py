@@ -346,5 +346,9 @@ def test_the_form_of_the_known_families() -> None:
     assert found["meta-llama-Llama-3.2-3B-Instruct"][0].is_alone
     assert found["CohereForAI-c4ai-command-r7b-12-2024-tool_use"][0].closes == "<|END_ACTION|>"
     assert found["Kimi-K2-Instruct"][0].opens == "<|tool_calls_section_begin|>"
+    for name in ("Apriel-1.6-15b-Thinker-fixed", "unsloth-Apriel-1.5"):
+        assert found[name][0].opens == "<tool_calls>["
+    assert found["NVIDIA-Nemotron-Nano-v2"][0].opens == "<TOOLCALL>["
+    assert found["MiniMax-M1"][0].opens == "<tool_calls>"
     assert found["Qwen3-Coder"] == (HERMES, False)  # its own has no JSON
-    assert sum(is_known for _, is_known in found.values()) >= 20
+    assert sum(is_known for _, is_known in found.values()) >= 23
