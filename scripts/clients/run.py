@@ -1,7 +1,7 @@
 """Usage: python run.py [--only CLIENT]... [MODEL]; see scripts/try_clients.
 
-Starts the server, runs the trials of trials.py and trials.mjs against it, and prints what came of them
-as a table in Markdown.
+Starts the server, runs the trials of trials.py, trials.mjs and browser.html against it, and prints what
+came of them as a table in Markdown.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,20 @@ QUIET = {
     "OPENAI_AGENTS_DISABLE_TRACING": "1", "OTEL_SDK_DISABLED": "true", "VERCEL_TELEMETRY_DISABLED": "1",
     "OPENAI_API_KEY": "none", "LOGFIRE_IGNORE_NO_CONFIG": "1",
 }  # fmt: skip
+
+
+class Files(SimpleHTTPRequestHandler):
+    """What a page is made of, from another origin than the server's."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def serve_files(folder: Path) -> str:
+    """Return the origin from which a folder is served, as long as this process runs."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
 
 
 def is_ready(url: str) -> bool:
@@ -69,6 +86,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(QUIET)
     more = [] if options.model is None else ["--model", options.model]
+    modules = os.environ.get("TRIALS_MODULES")
+    pages = None if modules is None else serve_files(Path(modules))
+    if pages is not None:
+        more += ["--allow-origin", pages]
     serve = ["serve", "--port", "0", "--ready-json", "--exit-with-parent", "--log-level", "warning"]
     server = subprocess.Popen(
         [PYTHON, "-m", "amulet_gguf", *serve, "--limit-tokens", "300", *more],
@@ -88,8 +109,9 @@ def main() -> None:
 
     found: dict[str, list[dict[str, Any]]] = {}
     commands = [[sys.executable, str(HERE / "trials.py"), url, options.model or ""]]
-    if "TRIALS_MJS" in os.environ:
-        commands.append(["node", os.environ["TRIALS_MJS"], url])
+    if modules is not None and pages is not None:
+        commands.append(["node", str(Path(modules, "trials.mjs")), url])
+        commands.append([PYTHON, str(HERE / "browser.py"), pages, url])
     for command in commands:
         for each in results(command, options.only):
             found.setdefault(each["client"], []).append(each)

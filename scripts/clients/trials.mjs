@@ -6,19 +6,14 @@ import { tool as langchainTool } from "@langchain/core/tools";
 import { ChatOpenAI } from "@langchain/openai";
 import { generateObject, generateText, stepCountIs, streamObject, streamText, tool } from "ai";
 import OpenAI from "openai";
-import { zodResponseFormat } from "openai/helpers/zod";
 import { z } from "zod";
+import { Pet, Weather, askPet, askWeather, check, hi, openaiTrials, reason } from "./openai.mjs";
 
 const [url, ...only] = process.argv.slice(2);
 const baseURL = `${url}/v1`;
 const trials = [];
 const trial = (client, name, run) => trials.push({ client, name, run });
 
-const hi = "Say hello.";
-const askPet = 'Invent a pet. Answer in JSON, like {"kind": "cat", "legs": 4}.';
-const askWeather = "How is the weather in Rome?";
-const user = (content) => [{ role: "user", content }];
-const Pet = z.object({ kind: z.enum(["cat", "dog", "spider"]), legs: z.number().int() });
 const Rich = z.object({
   id: z.nanoid(),
   sign: z.string().startsWith("a").max(4),
@@ -28,73 +23,13 @@ const Rich = z.object({
   ages: z.record(z.enum(["a", "b"]), z.literal(1)),
   pets: z.array(Pet).min(1).max(1),
 });
-const Weather = z.object({ city: z.enum(["Rome", "Oslo"]) });
-
-function check(condition, what) {
-  if (!condition) throw new Error(`no ${what}`);
-}
-
 async function joined(pieces) {
   let text = "";
   for await (const piece of pieces) text += piece;
   return text;
 }
 
-// openai
-
-const openai = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 });
-const openaiTool = {
-  type: "function",
-  function: { name: "get_weather", description: "The weather", parameters: z.toJSONSchema(Weather) },
-};
-
-trial("openai", "chat", async () => {
-  const answer = await openai.chat.completions.create({ model: "amulet", messages: user(hi), max_tokens: 20 });
-  check(answer.choices[0].message.content, "text");
-});
-
-trial("openai", "stream", async () => {
-  const stream = openai.chat.completions.stream({ model: "amulet", messages: user(hi), max_tokens: 20 });
-  check((await stream.finalChatCompletion()).choices[0].message.content, "text");
-});
-
-trial("openai", "parse", async () => {
-  const answer = await openai.chat.completions.parse({
-    model: "amulet",
-    messages: user(askPet),
-    response_format: zodResponseFormat(Pet, "pet"),
-  });
-  Pet.parse(answer.choices[0].message.parsed);
-});
-
-trial("openai", "tools", async () => {
-  const answer = await openai.chat.completions.create({
-    model: "amulet",
-    messages: user(askWeather),
-    tools: [openaiTool],
-    tool_choice: "required",
-  });
-  Weather.parse(JSON.parse(answer.choices[0].message.tool_calls[0].function.arguments));
-});
-
-trial("openai", "runTools", async () => {
-  const called = [];
-  const run = (given) => called.push(given) && "sunny";
-  const runner = openai.chat.completions.runTools({
-    model: "amulet",
-    messages: user(askWeather),
-    tools: [{ type: "function", function: { ...openaiTool.function, parse: JSON.parse, function: run } }],
-    tool_choice: { type: "function", function: { name: "get_weather" } },
-    stream: true,
-  });
-  await runner.done();
-  Weather.parse(called[0]);
-});
-
-trial("openai", "responses", async () => {
-  const answer = await openai.responses.create({ model: "amulet", input: hi, max_output_tokens: 20 });
-  check(answer.output_text, "text");
-});
+openaiTrials(new OpenAI({ baseURL, apiKey: "none", maxRetries: 0 }), (name, run) => trial("openai", name, run));
 
 // Vercel's AI SDK
 
@@ -191,12 +126,6 @@ trial("@langchain/openai", "bindTools", async () => {
   const answer = await chat(80).bindTools([weather], { tool_choice: "required" }).invoke(askWeather);
   Weather.parse(answer.tool_calls[0].args);
 });
-
-function reason(error) {
-  const found = error.lastError ?? error;
-  const more = found.responseBody ?? found.cause?.message ?? "";
-  return `${found.name}: ${found.message} ${more}`.trim().replace(/\s+/g, " ").slice(0, 300);
-}
 
 for (const { client, name, run } of trials) {
   if (only.length && !only.includes(client) && !only.includes("npm")) continue;
