@@ -2,6 +2,7 @@
 
 What the server costs over the engine: the same answers, one and eight at a time, straight from it
 and through HTTP, in turns within one run. The clients are a process of their own. Medians of 5 rounds.
+The CPU time of the server's thread is told, too, for other programs disturb it least (not on Windows).
 """
 
 from __future__ import annotations
@@ -90,6 +91,8 @@ def main() -> None:
             thread = threading.Thread(target=server.run, args=(listeners,))
             thread.start()
             is_ready.wait()
+            assert thread.ident is not None
+            clock = time.pthread_getcpuclockid(thread.ident)
             asked = {
                 "messages": [{"role": "user", "content": PROMPT}],
                 "prefer": "concise",
@@ -104,13 +107,15 @@ def main() -> None:
                 )
                 assert client.stdin is not None
                 assert client.stdout is not None
-                engine, http, late = [], [], []
+                engine, http, late, spent = [], [], [], []
                 for _ in range(ROUNDS + 1):
                     engine.append(from_engine(service, n))
                     firsts.clear()
+                    before = time.clock_gettime(clock)
                     client.stdin.write("go\n")
                     client.stdin.flush()
                     times = json.loads(client.stdout.readline())
+                    spent.append((time.clock_gettime(clock) - before) / sum(map(len, times)))
                     begin, end = max(each[0] for each in times), min(each[-1] for each in times)
                     counts = [sum(begin < t <= end for t in each) for each in times]
                     http.append((end - begin) / max(counts))
@@ -126,6 +131,7 @@ def main() -> None:
                     "engine_ms": round(statistics.median(engine[1:]) * 1e3, 2),
                     "http_ms": round(statistics.median(http[1:]) * 1e3, 2),
                     "overhead_percent": round((statistics.median(ratios) - 1) * 100, 1),
+                    "server_thread_us_per_token": round(statistics.median(spent[1:]) * 1e6),
                     "first_byte_after_first_token_ms": round(max(late[n:]) * 1e3, 1),
                 }
                 print(json.dumps(result))
