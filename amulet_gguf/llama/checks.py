@@ -1,8 +1,9 @@
 """Files that would end the process inside llama.cpp, told from their headers.
 
 llama.cpp refuses most of what is wrong with a file by itself. Checked here is what it asserts, where it
-divides by zero or never ends, and whether its tokenizer can spell every text: what it would run passes.
-Each number and list of architectures is that of the version that `pyproject.toml` wants.
+divides by zero or never ends, and whether its tokenizer can spell every text. What published files say
+passes, missing keys and numbers per layer too. Limits and architectures are those of the version that
+`pyproject.toml` wants.
 """
 
 from __future__ import annotations
@@ -125,13 +126,13 @@ def _in_attention(header: Header) -> Iterator[str]:
     slides = any(pattern) if isinstance(pattern, list) else pattern != 1
     if header.architecture in _SLIDING and window and not slides:
         yield "it has a sliding window, which no layer looks through"
-    heads = header.per_layer("attention.head_count", 0)
-    if max(heads, default=0) < 1:
-        if header.architecture not in _RECURRENT and any(map(_ATTENTION.match, header.tensors)):
-            yield "its attention has no heads"
+    if header.architecture in _RECURRENT:
         return
+    heads = header.per_layer("attention.head_count", 0)
+    if max(heads, default=0) < 1 and any(map(_ATTENTION.match, header.tensors)):
+        yield "its attention has no heads"
     yield from _in_heads(header, heads)
-    if heads[0] > 0:
+    if heads and heads[0] > 0:
         yield from _in_rotations(header, header.number("embedding_length") // heads[0])
 
 
@@ -158,7 +159,7 @@ def _in_rotations(header: Header, size: int) -> Iterator[str]:
     for suffix in ("", "_swa"):
         size = header.number(f"attention.key_length{suffix}", size)
         rotated = header.number(f"rope.dimension_count{suffix}", rotated)
-        if not 0 < rotated <= size or rotated % 2:
+        if not 0 < rotated <= size or (rotated % 2 and rotated < size):
             yield f"rope.dimension_count{suffix} is {rotated} of heads of {size}"
 
 

@@ -13,9 +13,12 @@ from gguf_mutants import File, Tensor, Value, parse
 from peer_models import peer_models
 from tiny_models import ARCHITECTURES
 
+from amulet_gguf.amulet import load_model
 from amulet_gguf.errors import ModelFormatError
 from amulet_gguf.llama.checks import check
 from amulet_gguf.llama.gguf import read_header
+from amulet_gguf.llama.loading import Loading
+from amulet_gguf.llama.model import Model
 
 U32, I32, F32, TEXT, ARRAY = 4, 5, 6, 8, 9
 Change = Callable[[File], Any]
@@ -232,6 +235,41 @@ def test_the_numbers_of_published_models_pass(tmp_path: Path, architecture: str)
 
 def test_the_bundled_model_passes(real_model: Path) -> None:
     check(real_model)
+
+
+def test_all_parts_of_a_model_are_looked_at(tmp_path: Path, tiny: Tiny) -> None:
+    whole = tiny("llama").read_bytes()
+    file = parse(whole)
+    kind("blk.1.ffn_up.weight", 27)(file)
+    first, second = (tmp_path / f"model-0000{i}-of-00002.gguf" for i in (1, 2))
+    first.write_bytes(whole)
+    second.write_bytes(whole)
+    check(first)
+    second.write_bytes(file.packed())
+    with pytest.raises(ModelFormatError, match=r"ffn_up.weight' is of type I64"):
+        check(first)
+
+
+def test_a_trusted_file_is_not_checked(tmp_path: Path, tiny: Tiny) -> None:
+    file = parse(tiny("llama").read_bytes())
+    token(7, b"seven")(file)  # nothing that ends the process by itself
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file.packed())
+    with pytest.raises(ModelFormatError, match="no token for the byte 4"):
+        load_model(Loading(path))
+    load_model(Loading(path, trust_model=True)).close()
+
+
+def test_what_llama_cpp_quotes_of_a_file_is_a_short_line(tmp_path: Path, tiny: Tiny) -> None:
+    file = parse(tiny("llama").read_bytes())
+    text("general.architecture", b"two\nlines \x1b]0;title\x07\xff\xe2\x80\xae" * 100)(file)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file.packed())
+    with pytest.raises(ModelFormatError, match="two lines") as caught:
+        Model(path)
+    said = str(caught.value).replace(str(path), "")
+    assert said.isprintable()
+    assert len(said) < 360
 
 
 def test_a_token_without_a_spelling_is_nothing_wrong(tmp_path: Path, tiny: Tiny) -> None:
