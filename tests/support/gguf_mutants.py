@@ -174,7 +174,7 @@ _NUMBERS: Final = (
     2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, -1, -2, -(2**31), -(2**63),
 )  # fmt: skip
 _FRACTIONS: Final = (
-    0.0, -0.0, 1.0, -1.0, 0.5, math.nan, math.inf, -math.inf, 1e-45, 1e-30, 3e38, -3e38, 1e300, 1e6,
+    0.0, -0.0, 1.0, -1.0, 0.5, math.nan, math.inf, -math.inf, 1e-45, 1e-30, 1e6, 3e38, -3e38, 1e300,
 )  # fmt: skip
 _TEXTS: Final = (
     b"", b" ", b"\0", b"none", b"linear", b"yarn", b"longrope", b"llama", b"gpt2", b"bert", b"t5",
@@ -184,8 +184,6 @@ _TEXTS: Final = (
 )  # fmt: skip
 _TOKENIZERS: Final = (b"llama", b"gpt2", b"bert", b"t5", b"rwkv", b"plamo2", b"gemma4", b"no_vocab",
                       b"none", b"hybriddna", b"whitespace", b"test", b"nobody", b"")  # fmt: skip
-
-
 _ARCHITECTURES: Final = (
     b"qwen2", b"llama", b"gemma2", b"gemma3", b"qwen3", b"mamba", b"mamba2", b"phi3", b"lfm2", b"bert",
     b"t5", b"falcon", b"rwkv6", b"jamba", b"qwen2moe", b"mpt", b"olmo2", b"granite", b"clip",
@@ -205,10 +203,7 @@ def _scalar(random: Random, kind: int) -> Value:
     if kind == _BOOL:
         return Value(kind, random.random() < 0.5)
     if kind in _FLOATS:
-        number = random.choice(_FRACTIONS)
-        return Value(
-            kind, max(min(number, 3e38), -3e38) if kind == _F32 and abs(number) < math.inf else number
-        )
+        return Value(kind, random.choice(_FRACTIONS[: -1 if kind == _F32 else None]))
     bits = 8 * struct.calcsize(_FORMS[kind])
     number = random.choice(_NUMBERS) % 2**bits
     signed = _FORMS[kind].islower() and number >= 2 ** (bits - 1)
@@ -230,12 +225,7 @@ def _key_set(file: File, random: Random) -> str:
     key = random.choice(file.keys) if random.random() < 0.6 else _known_key(file, random)
     old = dict(file.metadata).get(key)
     if old is None or old.kind == _ARRAY:
-        words = ("eps", "base", "scale", "factor", "soft", "alibi", "clamp")
-        kind = _F32 if any(word in _name(key) for word in words) else _U32
-        kind = _STRING if key.endswith((b".type", b".model", b".pre", b"name")) else kind
-        kind = (
-            _BOOL if b"add_" in key or key.endswith((b"causal", b"dt_b_c_rms", b"finetuned")) else kind
-        )
+        kind = next((kind for words, kind in _LIKELY if any(word in key for word in words)), _U32)
     else:
         kind = old.kind
     value = _scalar(random, kind)

@@ -1,4 +1,4 @@
-"""Models that are wrong, tried one after another; which of them end or hang the process that tries."""
+"""Mutants of models, tried one after another: which of them end or hang the process that tries them?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from gguf_mutants import File, mutant, parse
 from amulet_gguf.errors import AmuletError
 
 #: Seconds for a model that takes some ten milliseconds if nothing is wrong.
-PATIENCE: Final = 10
+PATIENCE: Final = 30
+_MAX_OWN: Final = 160  # characters of a message that are not the file's
 _MEMORY: Final = 4 * 2**30
 _TEXT: Final = "Hello é 🙂 \n\t 漢\x00."
 
@@ -32,7 +33,7 @@ class Trial:
     Attributes:
         change: how it differs from a well-formed file.
         outcome: "checked" (refused before llama.cpp saw it), "refused", "works", "died" or "hung".
-        said: the message of an error, or the last words of the process.
+        said: the message of an error, with MODEL for its path, or the last words of the process.
     """
 
     number: int
@@ -42,10 +43,9 @@ class Trial:
 
     @property
     def is_bad_message(self) -> bool:
-        """Whether a message is more than one line, cannot be printed, or quotes much of the file."""
-        return self.outcome in ("checked", "refused") and (
-            not self.said.isprintable() or len(self.said) > 600
-        )
+        """Whether a message is no line that can be printed, or quotes more than 200 characters."""
+        is_long = len(self.said) > 200 + _MAX_OWN
+        return self.outcome in ("checked", "refused") and (is_long or not self.said.isprintable())
 
 
 def _try(path: Path) -> tuple[str, str]:
@@ -131,7 +131,7 @@ class Workers:
             answers.send(str(path))
             if not answers.poll(PATIENCE):
                 self._end()
-                return "hung", ""
+                return "hung", f"no token within {PATIENCE} seconds"
             outcome, said = answers.recv()
         except (EOFError, OSError):
             code = self._end()
@@ -175,4 +175,5 @@ def trials(seed: int, count: int, killers: Path | None = None) -> Iterator[Trial
             if killers is not None and outcome in ("died", "hung"):
                 killers.mkdir(parents=True, exist_ok=True)
                 (killers / f"{seed}-{number}.gguf").write_bytes(data)
+            said = said.replace(str(path), "MODEL")
             yield Trial(number, f"{architecture}: {change}", outcome, said)
