@@ -36,6 +36,11 @@ _PLAIN: Final = ("_norm.weight", ".ssm_conv1d.weight", ".shortconv.conv.weight",
 _ATTENTION: Final = re.compile(r"blk\.[0-9]+\.attn_")
 _NO_TENSOR: Final = Tensor((), _F32)
 _RECURRENT: Final = ("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7")
+#: Architectures with attention that knows no rotations.
+_NOT_ROTATED: Final = frozenset({
+    "bloom", "glm5-next", "gpt2", "gptj", "jais", "jamba", "jina-bert-v2", "kimi-k3", "kimi-linear",
+    "mpt", "nemotron_h", "nemotron_h_moe", "refact", "t5", "t5encoder",
+})  # fmt: skip
 #: Of these, one expert is none.
 _ONE_EXPERT: Final = ("hunyuan-dense", "hunyuan_vl")
 #: Architectures of which some layer must look through the sliding window, if there is one.
@@ -132,7 +137,7 @@ def _in_attention(header: Header) -> Iterator[str]:
     if max(heads, default=0) < 1 and any(map(_ATTENTION.match, header.tensors)):
         yield "its attention has no heads"
     yield from _in_heads(header, heads)
-    if heads and heads[0] > 0:
+    if heads and heads[0] > 0 and header.architecture not in _NOT_ROTATED:
         yield from _in_rotations(header, header.number("embedding_length") // heads[0])
 
 
@@ -142,12 +147,13 @@ def _in_heads(header: Header, heads: list[int]) -> Iterator[str]:
     kv_heads = header.per_layer("attention.head_count_kv", 0) if has_kv_heads else heads
     gate = 2 if header.architecture in _GATED else 1
     for layer, (n, n_kv) in enumerate(zip(heads, kv_heads, strict=True)):
+        if f"blk.{layer}.ssm_a" in header.tensors:  # linear attention has numbers of its own
+            continue
         query = header.tensors.get(f"blk.{layer}.attn_q.weight", _NO_TENSOR).shape[1:]
         key = header.tensors.get(f"blk.{layer}.attn_k.weight", _NO_TENSOR).shape[1:]
         if query and n < 1:
             yield f"layer {layer} has no heads of attention"
-        is_linear = f"blk.{layer}.ssm_a" in header.tensors
-        if query and key and not is_linear and query[0] * n_kv != gate * key[0] * n:
+        if query and key and query[0] * n_kv != gate * key[0] * n:
             yield f"layer {layer} has {n} and {n_kv} heads for {query[0]} and {key[0]} numbers"
 
 

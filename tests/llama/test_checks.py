@@ -182,6 +182,11 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
          "rope.dimension_count": 64},
         {"blk.0.attn_q": 4096, "blk.0.attn_k": 4096, "blk.0.ssm_a": 32, "blk.3.attn_q": 6144},
     ),
+    "glm5-next": (
+        {"block_count": 2, "embedding_length": 2048, "attention.head_count": [0, 16], "expert_count": 64,
+         "attention.head_count_kv": [0, 1], "rope.dimension_count": 0, "expert_used_count": 8},
+        {"blk.0.attn_q": 2048, "blk.0.attn_k": 2048, "blk.0.ssm_a": 16},
+    ),
     "deci": (
         {"block_count": 2, "embedding_length": 8192, "attention.head_count": [64, 0],
          "attention.head_count_kv": [8, 0], "rope.dimension_count": 128},
