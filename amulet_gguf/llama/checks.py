@@ -136,9 +136,12 @@ def _in_attention(header: Header) -> Iterator[str]:
     heads = header.per_layer("attention.head_count", 0)
     if max(heads, default=0) < 1 and any(map(_ATTENTION.match, header.tensors)):
         yield "its attention has no heads"
+    n_numbers = header.number("embedding_length")
+    if max(heads, default=0) > n_numbers:
+        yield f"it has {max(heads)} heads of attention for {n_numbers} numbers"
     yield from _in_heads(header, heads)
     if heads and heads[0] > 0 and header.architecture not in _NOT_ROTATED:
-        yield from _in_rotations(header, header.number("embedding_length") // heads[0])
+        yield from _in_rotations(header, n_numbers // heads[0])
 
 
 def _in_heads(header: Header, heads: list[int]) -> Iterator[str]:

@@ -70,6 +70,7 @@ def kind(end: str, value: int) -> Change:
         ("llama", numbers("llama.expert_used_count", 0, 1), "1 of 0 experts"),
         ("llama", number("llama.expert_group_count", 4), "0 experts are in 4 groups"),
         ("llama", number("llama.attention.head_count", 0), "its attention has no heads"),
+        ("lfm2", numbers("lfm2.attention.head_count", 2**20, 2), "1048576 heads of attention for 64"),
         ("lfm2", numbers("lfm2.attention.head_count", 2, 0), "layer 1 has no heads"),
         ("lfm2", number("lfm2.attention.head_count", 1), "layer 1 has 1 and 1 heads"),
         ("qwen3", numbers("qwen3.attention.head_count_kv", 1, 8), "layer 1 has 2 and 8 heads"),
