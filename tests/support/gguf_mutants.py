@@ -253,13 +253,14 @@ def _key_per_layer(file: File, random: Random) -> str:
     key = _known_key(file, random)
     count = file.get(f"{file.architecture}.block_count")
     n = count.value if count and count.kind in _INTEGERS and 0 <= count.value < 100 else 2
-    kind = random.choice((_U32, _I32, _BOOL, _F32))
     old = dict(file.metadata).get(key)
-    values = [_scalar(random, kind).value for _ in range(n)]
-    if old is not None and old.kind in _INTEGERS and kind in (_U32, _I32):  # one of them wrong
-        values = [old.value] * n
-        if values:
-            values[random.randrange(n)] = _scalar(random, kind).value
+    if old is not None and old.kind in _INTEGERS and random.random() < 0.5:  # one of them wrong
+        kind, values = old.kind, [old.value] * n
+        for place in random.sample(range(n), min(n, 1)):
+            values[place] = _scalar(random, kind).value
+    else:
+        kind = random.choice((_U32, _I32, _BOOL, _F32))
+        values = [_scalar(random, kind).value for _ in range(n)]
     file.set(key, Value(_ARRAY, values, kind))
     return f"{_name(key)} = {str(values)[:60]}"
 
