@@ -179,22 +179,12 @@ class Chat:
         conversation = self.conversation
         n_ctx = conversation.amulet.engine.n_ctx
         needed = min(conversation.settings.max_tokens, max(64, n_ctx // 8))
-        room = conversation.room(text)
-        if room >= needed:
-            return True
         turns = len(conversation.messages) // 2
-        kept = list(conversation.messages)
-        for n in range(1, turns + 1):
-            conversation.messages[:] = kept
-            conversation.drop_oldest(n)
-            if conversation.room(text) >= needed:
-                break
-        else:
-            conversation.messages[:] = kept
-            if room > 0:
-                return True  # it is the message itself that is long
+        room, n = conversation.room(text, needed)
+        if n > turns and room <= 0:
             raise PromptTooLongError(n_ctx - room, n_ctx)
-        conversation.messages[:] = kept
+        if n == 0 or n > turns:  # or it is the message itself that is long
+            return True
         about = f"the context of {n_ctx:,} tokens is full: {max(0, room):,} are left for an answer"
         if self.ask is None:
             raise SettingError(f"{about}. /drop {n} forgets the oldest turns; or use a larger --n-ctx")

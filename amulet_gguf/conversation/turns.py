@@ -7,6 +7,7 @@ turn reads it first, many tokens at a time.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from datetime import date
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -135,9 +136,29 @@ class Conversation(Generic[AnyStream]):
 
         return self._host.start(plan, asked, is_adjustable=True, on_prefill=on_prefill, on_end=add)
 
-    def room(self, text: str) -> int:
-        """Return how many tokens of answer a message would leave room for; may be negative."""
-        request = _request(self.amulet.planner, self._with(text), self.settings)
+    def room(self, text: str, needed: int) -> tuple[int, int]:
+        """Return how many tokens of answer a message would leave room for, which may be negative.
+
+        And how many of the oldest turns are to be forgotten so that `needed` fit: 0 if they do, one more
+        than there are if all would not be enough.
+        """
+        plain = self.settings.replace(prefer=(), avoid=None)
+        turns = sum(message["role"] == "user" for message in self.messages)
+        # What preferences take does not depend on the turns before, of which there may be thousands.
+        extra = self._room(text, turns, plain) - self._room(text, turns, self.settings)
+        room = self._room(text, 0, plain) - extra
+        if room >= needed:
+            return room, 0
+        n = 1 + bisect_left(
+            range(1, turns + 1), True, key=lambda n: self._room(text, n, plain) - extra >= needed
+        )
+        while n <= turns and self._room(text, n, self.settings) < needed:
+            n += 1
+        return room, n
+
+    def _room(self, text: str, dropped: int, settings: Settings) -> int:
+        messages = [*self._without(dropped), {"role": "user", "content": text}]
+        request = _request(self.amulet.planner, messages, settings)
         return self.amulet.engine.n_ctx - max(map(len, request.branches))
 
     def undo(self) -> str | None:
@@ -151,8 +172,13 @@ class Conversation(Generic[AnyStream]):
 
     def drop_oldest(self, turns: int = 1) -> None:
         """Forget the oldest turns. The system prompt stays; the rest is read again."""
+        self.messages[:] = self._without(turns)
+
+    def _without(self, turns: int) -> list[dict[str, str]]:
+        if turns == 0:
+            return self.messages
         starts = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
-        del self.messages[: starts[turns] if turns < len(starts) else len(self.messages)]
+        return self.messages[starts[turns] if turns < len(starts) else len(self.messages) :]
 
     def clear(self) -> None:
         """Forget all turns."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from amulet_gguf.amulet import Amulet
 from amulet_gguf.cli import explained, main
 from amulet_gguf.conversation import turns
 from amulet_gguf.conversation.turns import Conversation
+from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import PromptError, PromptTooLongError, SettingError
 from amulet_gguf.method.arrays import Float32Array
 from amulet_gguf.method.explanation import explain, kl, largest
+from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import ChatTemplate, Encoded
-from amulet_gguf.settings import Settings
+from amulet_gguf.settings import Placement, Settings
 from amulet_gguf.stream import Stream
 
 # Explanations of single tokens
@@ -242,17 +245,47 @@ def test_a_cancelled_answer_is_kept_and_an_empty_one_is_not(amulet: Amulet) -> N
     assert conversation.undo() is None
 
 
+@pytest.mark.parametrize("placement", get_args(Placement))
+def test_how_many_turns_to_forget_is_found_in_few_looks(
+    tiny: Tiny, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same number as one by one; a thousand turns were read a thousand times."""
+    looks = 0
+
+    def look(self: Planner, *given: Any, **options: Any) -> Request:
+        nonlocal looks
+        looks += 1
+        return request(self, *given, **options)
+
+    request = Planner.request
+    monkeypatch.setattr(Planner, "request", look)
+    settings = Settings(prefer=["concise", "formal"], avoid="Rhyme.", placement=placement)
+    said = [("user", "What is {}?"), ("assistant", "It is {} days.")]
+    messages = [{"role": role, "content": text.format(i)} for i in range(60) for role, text in said]
+    with Amulet.load(tiny("llama"), n_ctx=512, n_threads=1) as amulet:
+        conversation = Conversation(amulet, settings, messages)
+        for text, needed in (("And?", 10), ("And?", 200), ("long " * 60, 10), ("And?", 500)):
+            rooms = [conversation._room(text, n, settings) for n in range(61)]
+            expected = next((n for n, room in enumerate(rooms) if room >= needed), 61)
+            looks = 0
+            assert conversation.room(text, needed) == (rooms[0], expected)
+            assert looks < 12
+        conversation.drop_oldest(expected := conversation.room("And?", 100)[1])
+        assert conversation.messages == messages[2 * expected :]
+        assert conversation.room("And?", 100)[1] == 0
+
+
 @pytest.mark.model
 def test_a_full_context_is_an_error_until_turns_are_dropped(amulet: Amulet) -> None:
     conversation = Conversation(amulet, Settings(system="Be kind.", max_tokens=8))
     for _ in range(3):
         ask(conversation, LONG)
-    assert conversation.room(LONG) < 0
+    assert conversation.room(LONG, 1)[0] < 0
     with pytest.raises(PromptTooLongError):
         conversation.ask(LONG)
     assert len(conversation.messages) == 6  # nothing is cut silently
     conversation.drop_oldest(2)
-    assert conversation.room(LONG) > 0
+    assert conversation.room(LONG, 1)[0] > 0
     assert conversation.settings.system == "Be kind."
     ask(conversation, LONG)
     conversation.drop_oldest(99)
