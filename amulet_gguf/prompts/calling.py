@@ -153,8 +153,10 @@ class Calling:
             return self._take(text, token, data)
         self._held += text
         for way in self._ways:
+            if way.form.is_alone and self._is_said:
+                continue
             at = self._held.find(way.form.opens)
-            is_late = way.form.is_alone and (self._is_said or self._held[:at].strip())
+            is_late = way.form.is_alone and self._held[:at].strip()
             if at >= 0 and not is_late:
                 held, self._held = self._held, ""
                 rest = held[at + len(way.form.opens) :]
