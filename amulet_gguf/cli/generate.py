@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +23,8 @@ from amulet_gguf.cli.options import (
 
 if TYPE_CHECKING:
     from amulet_gguf.stream import Stream
+
+_NEXT = "next: amulet chat --prefer concise, or a larger model: amulet models pull"
 
 
 @click.command()
@@ -103,6 +106,19 @@ def generate(
             output.write(json.dumps(record, ensure_ascii=False) + "\n")
         if stats or (stats is None and sys.stderr.isatty()):
             click.secho(_summary(stream), err=True, dim=True)
+    if stats is None and sys.stderr.isatty():
+        _say_what_is_next()
+
+
+def _say_what_is_next() -> None:
+    """After the first answer on this machine, name what to try then."""
+    from amulet_gguf.home.paths import welcomed_file
+
+    with suppress(OSError):  # it was said, or that cannot be remembered
+        mark = welcomed_file()
+        mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mark.touch(exist_ok=False)
+        click.secho(f"[{_NEXT}]", err=True, dim=True)
 
 
 def _summary(stream: Stream) -> str:

@@ -46,3 +46,8 @@ def cache_folder() -> Path:
 def history_file() -> Path:
     """What was typed in `amulet chat`, for its line editor."""
     return data_folder() / "history"
+
+
+def welcomed_file() -> Path:
+    """There is one once somebody has had a first answer here and was told what to try next."""
+    return data_folder() / "welcomed"

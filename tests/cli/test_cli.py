@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -14,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyte
 import pytest
 from click.testing import CliRunner, Result
 
@@ -310,12 +310,22 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 
 @pytest.mark.model
-def test_on_a_terminal_the_statistics_follow_the_answer() -> None:
-    screen = in_a_terminal(["generate", PROMPT, "-n", "6"])
-    lines = [line for line in screen.decode().replace("\r\n", "\n").split("\n") if line]
-    assert len(lines) >= 2
-    assert "6 tokens" in lines[-1]
-    assert "Loading" not in lines[0]
+def test_on_a_terminal_the_statistics_follow_the_answer_and_once_what_to_try_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AMULET_HOME", str(tmp_path / "home"))
+
+    def shown() -> list[str]:
+        screen = pyte.Screen(120, 24)
+        pyte.ByteStream(screen).feed(in_a_terminal(["generate", PROMPT, "-n", "6"]))
+        return [line.rstrip() for line in screen.display if line.strip()]
+
+    first, second = shown(), shown()
+    assert "6 tokens" in first[-2]
+    assert "next: amulet chat" in first[-1]
+    assert "6 tokens" in second[-1]
+    assert first[:-2] == second[:-1]
+    assert "Loading" not in second[0]
 
 
 @pytest.mark.model
@@ -422,7 +432,8 @@ def test_bench_measures_all_it_names() -> None:
 
 
 def in_a_terminal(arguments: list[str]) -> bytes:
-    """Run the command in a pseudo-terminal and return what appears."""
+    """Run the command in a pseudo-terminal, where the system has them, and return what appears."""
+    pty = pytest.importorskip("pty")
     pid, terminal = pty.fork()
     if pid == 0:  # pragma: no cover
         os.execvp(COMMAND[0], [*COMMAND, *arguments])
