@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,10 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pexpect
-import pyte
 import pytest
 from click.testing import CliRunner
+from terminals import CHAT, Terminal
 
 from amulet_gguf.cli import main
 from amulet_gguf.conversation import sessions
@@ -23,75 +21,7 @@ from amulet_gguf.taste.taste import Taste, open_taste
 
 pytestmark = pytest.mark.model
 
-COMMAND = [sys.executable, "-m", "amulet_gguf", "chat"]
 UP, DOWN = "\x1b[1;5A", "\x1b[1;5B"
-
-
-class Terminal:
-    """A screen, and what runs on it."""
-
-    def __init__(self, *arguments: str, **env: str) -> None:
-        variables = {**os.environ, "TERM": "xterm-256color", **env}
-        self.screen = pyte.HistoryScreen(100, 40, history=2000, ratio=1)
-        self._stream = pyte.ByteStream(self.screen)
-        self.raw = b""
-        self.n_prompts = 1
-        self._child: pexpect.spawn[bytes] = pexpect.spawn(
-            COMMAND[0], [*COMMAND[1:], *arguments], env=variables, dimensions=(40, 100), timeout=60
-        )
-
-    @property
-    def text(self) -> str:
-        history = ["".join(line[x].data for x in range(100)) for line in self.screen.history.top]
-        return "\n".join(line.rstrip() for line in [*history, *self.screen.display])
-
-    def read(self, seconds: float = 0.05) -> None:
-        try:
-            data = self._child.read_nonblocking(65536, timeout=seconds)
-        except (pexpect.TIMEOUT, pexpect.EOF):
-            return
-        self.raw += data
-        self._stream.feed(data)
-        if b"\x1b[6n" in data:  # a question of the line editor: where is the cursor?
-            row, column = self.screen.cursor.y + 1, self.screen.cursor.x + 1
-            self._child.send(f"\x1b[{row};{column}R")
-
-    def until(self, condition: str | Callable[[str], bool], seconds: float = 60) -> None:
-        """Read the screen until a pattern is on it, or a condition holds."""
-        deadline = time.monotonic() + seconds
-        while True:
-            text = self.text
-            if re.search(condition, text) if isinstance(condition, str) else condition(text):
-                return
-            assert time.monotonic() < deadline, f"no {condition} in\n{text}"
-            self.read()
-
-    def ready(self) -> None:
-        """Wait for the prompt that follows what was said so far."""
-
-        def is_ready(text: str) -> bool:
-            last = re.search(r"^> *\n+.* of [\d,]+ tokens\Z", text.rstrip(), re.MULTILINE)
-            return len(re.findall(r"^> ?", text, re.MULTILINE)) == self.n_prompts and bool(last)
-
-        self.until(is_ready, 20)
-
-    def say(self, line: str) -> None:
-        self.n_prompts += 1
-        self._child.send(line + "\r")
-
-    def press(self, keys: str) -> None:
-        self._child.send(keys)
-
-    def end(self) -> int:
-        deadline = time.monotonic() + 20
-        while self._child.isalive():
-            assert time.monotonic() < deadline, self.text
-            self.read()
-        self._child.close()
-        return int(self._child.exitstatus if self._child.exitstatus is not None else -1)
-
-    def kill(self) -> None:
-        self._child.close(force=True)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +49,7 @@ Start = Callable[..., Terminal]
 
 
 def pipe(lines: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], input=lines, capture_output=True, text=True)
+    return subprocess.run([*CHAT, *arguments], input=lines, capture_output=True, text=True)
 
 
 def test_a_conversation_at_a_terminal(start: Start) -> None:

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -734,69 +733,3 @@ def test_the_command_refuses_to_be_open_to_all(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "--api-key" in done.stderr
     assert done.stdout == ""
-
-
-#: Forms and functions that answers of the load have.
-SCHEMAS: list[dict[str, Any]] = [
-    {"regex": "[a-z]{3,30}"},
-    {"response_format": {"type": "json_object"}},
-    {"schema": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 9}},
-    {
-        "tools": [{"type": "function", "function": {"name": "now"}}],
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-    },
-]
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(0)
-def test_memory_stays_flat_under_a_mixed_load(tiny: Tiny) -> None:
-    """Two minutes, or AMULET_SOAK_SECONDS, of eight clients that ask, stream, err and vanish."""
-    seconds = float(os.environ.get("AMULET_SOAK_SECONDS", "120"))
-    with serving(tiny("llama")) as running:
-        process = psutil.Process()
-        end = time.monotonic() + seconds
-        counts = [0] * 8
-
-        def load(worker: int) -> None:
-            with httpx.Client(base_url=running.url, timeout=60) as client:
-                number = worker
-                while time.monotonic() < end:
-                    number += 1
-                    asked = {**ASKED, "max_tokens": 5 + number % 40, "seed": number}
-                    if number % 7 == 0:
-                        _vanish(running.port, number)
-                    elif number % 7 == 1:
-                        assert client.post(CHAT, content=b"{").status_code == 400
-                    elif number % 7 == 2:
-                        assert client.get("/metrics").status_code == 200
-                    elif number % 5 == 0:
-                        form = SCHEMAS[number % len(SCHEMAS)]
-                        assert client.post(CHAT, json={**asked, **form}).status_code == 200
-                    elif number % 11 == 0:
-                        body = {"messages": HI, "max_tokens": 9}
-                        assert client.post("/v1/messages", json=body).status_code == 200
-                    elif number % 2:
-                        text = client.post(
-                            CHAT, json={**asked, "prefer": "concise", "stream": True}
-                        ).text
-                        assert text.rstrip().endswith("[DONE]")
-                    else:
-                        assert client.post(CHAT, json=asked).status_code == 200
-                    counts[worker] += 1
-
-        with ThreadPoolExecutor(8) as pool:
-            jobs = [pool.submit(load, worker) for worker in range(8)]
-            curve = []
-            for _ in range(30):
-                time.sleep(seconds / 30)
-                curve.append(process.memory_info().rss / 2**20)
-            for job in jobs:
-                job.result()
-        until(lambda: is_free(running.service))
-        curve.append(process.memory_info().rss / 2**20)
-        print(f"{sum(counts)} requests, MiB:", *map(round, curve))
-        grown = curve[-1] - curve[9]
-        assert min(counts) > 5
-        assert grown < 24, f"{grown:.0f} MiB in {sum(counts)} requests"
