@@ -50,13 +50,14 @@ def load_model(
         As `Amulet.load`.
     """
     file = find_model(loading.model)
+    is_new = not loading.trust_model and not is_known(file)
+    if is_new:
+        check(file)  # first: what follows believes what the file says
     if loading.rpc is None and (loading.n_gpu_layers == 0 or not can_offload()):
         n_ctx = MIN_N_CTX if n_sequences is None else loading.n_ctx
-        check_fits(file, n_ctx, n_sequences or 1)
-    if not loading.trust_model and not is_known(file):
-        check(file)
-        if loading.rpc is None:
-            try_out(file, loading.n_gpu_layers)
+        check_fits(file, n_ctx, n_sequences or 1, loading.n_batch)
+    if is_new and loading.rpc is None:
+        try_out(file, loading.n_gpu_layers)
     return Model(
         file,
         n_gpu_layers=loading.n_gpu_layers,

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import psutil
-
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.batch.records import Record
 from amulet_gguf.engine.answer import Answer
 from amulet_gguf.errors import AmuletError, BatchError, ClosedError
+from amulet_gguf.llama.available import available_bytes
+from amulet_gguf.llama.memory import Estimate, cache_bytes, estimate
 from amulet_gguf.llama.model import Model
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.stream import Stream
@@ -32,14 +32,14 @@ class BatchSize:
         n_sequences: that they need together, at most.
         n_ctx: tokens that each sequence must hold.
         prompt_tokens: to be read, over all branches, a shared prefix counted for each.
-        cache_bytes: memory of the KV cache.
+        memory: of the process, when all of it is full.
     """
 
     parallel: int
     n_sequences: int
     n_ctx: int
     prompt_tokens: int
-    cache_bytes: int
+    memory: Estimate
 
 
 def size_batch(
@@ -74,11 +74,11 @@ def size_batch(
             progress(number, len(records))
     size = n_ctx or min(longest, limit)
     if parallel is None:
-        one = model.cache_bytes(size, branches)
-        fitting = int(psutil.virtual_memory().available * _MEMORY_SHARE / max(1, one))
+        one = cache_bytes(model.header, size, branches)
+        fitting = int(available_bytes() * _MEMORY_SHARE / max(1, one))
         parallel = max(1, min(_ROWS // branches, fitting, len(records)))
     n_sequences = parallel * branches
-    return BatchSize(parallel, n_sequences, size, total, model.cache_bytes(size, n_sequences))
+    return BatchSize(parallel, n_sequences, size, total, estimate(model.path, size, n_sequences))
 
 
 def answers(

@@ -18,6 +18,7 @@ from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation
 from amulet_gguf.engine.request import Request, ThoughtRule
 from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.memory import cache_bytes
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.mixture import Mixture, coefficients
 from amulet_gguf.method.realign import combine
@@ -162,7 +163,7 @@ def measure(
         prefill_tokens_per_s=statistics.median(prefill),
         resident_bytes=resident,
         model_bytes=model.path.stat().st_size,
-        cache_bytes=model.cache_bytes(n_ctx, 2),
+        cache_bytes=cache_bytes(model.header, n_ctx, 2),
         large=large,
     )
 

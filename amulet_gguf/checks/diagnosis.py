@@ -15,6 +15,7 @@ import psutil
 
 from amulet_gguf.errors import AmuletError
 from amulet_gguf.home import paths as home
+from amulet_gguf.llama.available import available_bytes
 
 _REBUILD: Final = "pip install --no-cache-dir --force-reinstall llama-cpp-python"
 _TOLERANCE: Final = 2e-5  # of log-probabilities in float32, against the game in float64
@@ -106,9 +107,9 @@ def _threads() -> Check:
 
 
 def _memory() -> Check:
-    memory = psutil.virtual_memory()
-    value = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
-    if memory.available < 1e9:
+    available, total = available_bytes(), psutil.virtual_memory().total
+    value = f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    if available < 1e9:
         return Check("memory", "warning", value, "close other programs, or use a smaller model")
     return Check("memory", "ok", value)
 

@@ -127,14 +127,14 @@ def batch(
         name = f"{path.name} {path.stat().st_size}"
         keys = {record.line: record.key(name) for record in records}
         if dry_run and not output.exists():
-            _show(loaded, records, records, _size(loaded, records, parallel, loading.n_ctx))
+            _show(records, records, _size(loaded, records, parallel, loading.n_ctx))
             return
         with Journal(output, keys) as journal:
             todo = [record for record in records if record.line not in journal.done]
             size = _size(loaded, todo, parallel, loading.n_ctx)
             loading = dataclasses.replace(loading, model=path, n_ctx=size.n_ctx)
             if dry_run:
-                _show(loaded, records, todo, size)
+                _show(records, todo, size)
                 return
             if not todo:
                 click.echo(f"all {len(records)} records are done already", err=True)
@@ -178,10 +178,9 @@ def _size(model: Model, records: Sequence[Record], parallel: int | None, n_ctx: 
         return size_batch(model, valid, parallel=parallel, n_ctx=n_ctx, progress=bar.update)
 
 
-def _show(model: Model, records: Sequence[Record], todo: Sequence[Record], size: BatchSize) -> None:
+def _show(records: Sequence[Record], todo: Sequence[Record], size: BatchSize) -> None:
     n_errors = sum(record.error is not None for record in todo)
     most = sum(record.settings.max_tokens for record in todo if record.error is None)
-    n_bytes = model.path.stat().st_size
     for name, value in (
         ("records", f"{len(records):,}"),
         ("done already", f"{len(records) - len(todo):,}"),
@@ -191,7 +190,7 @@ def _show(model: Model, records: Sequence[Record], todo: Sequence[Record], size:
         ("at once", f"{size.parallel} answers, {size.n_sequences} sequences of {size.n_ctx:,} tokens"),
         (
             "memory",
-            f"{n_bytes / 1e6:,.0f} MB model + {size.cache_bytes / 1e6:,.0f} MB cache + about 200 MB",
+            f"about {size.memory.total / 1e6:,.0f} MB, {size.memory.cache / 1e6:,.0f} of it the cache",
         ),
     ):
         click.echo(f"{name:23} {value}")

@@ -74,13 +74,13 @@ def list_models(as_json: bool) -> None:
 def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     """Show what a model is, and the memory it will need."""
     from amulet_gguf.cli.terminal import Output, printable
-    from amulet_gguf.llama.gguf import parts, read_header
+    from amulet_gguf.llama.gguf import parts, read_model
     from amulet_gguf.llama.memory import estimate
     from amulet_gguf.methods import auto_for, describe_auto
     from amulet_gguf.models.find import find_model
 
     path = find_model(name)
-    header = read_header(path)
+    header = read_model(path)
     source = header.text("tokenizer.chat_template")
     output = Output()
     if template:
@@ -89,10 +89,9 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         return
     files = parts(path)
     size = sum(file.stat().st_size for file in files)
-    # A part tells only its own tensors.
-    n_parameters = sum(read_header(file).n_parameters for file in files)
+    n_parameters = header.n_parameters
     auto = auto_for(n_parameters)
-    memory = {n: estimate(header, size, n_ctx, 1 + n).total for n in (0, 1, 2)}
+    memory = {n: estimate(path, n_ctx, 1 + n).total for n in (0, 1, 2)}
     record: dict[str, Any] = {
         "path": str(path),
         "name": header.text("general.name"),

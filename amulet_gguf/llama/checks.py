@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from amulet_gguf.errors import ModelFormatError
 from amulet_gguf.errors import shown as quoted
-from amulet_gguf.llama.gguf import Header, Tensor, parts, read_header, read_tokens, shown
+from amulet_gguf.llama.gguf import Header, Tensor, read_model, read_tokens, shown
 
 _MAX_LAYERS: Final = 512
 _MAX_EXPERTS: Final = 1024
@@ -64,9 +63,7 @@ def check(path: Path) -> None:
         ModelNotFoundError: there is no such file, or it cannot be read.
         ModelFormatError: it is not a GGUF file, a damaged one, or one that contradicts itself.
     """
-    header = read_header(path)
-    for part in parts(path)[1:]:
-        header = replace(header, tensors=header.tensors | read_header(part).tensors)
+    header = read_model(path)
     for fault in _faults(header, read_tokens(path, header)):
         raise ModelFormatError(
             f"{shown(path)} contradicts itself: {fault}; download it again, or choose another model "

@@ -8,7 +8,7 @@ import numpy as np
 
 from amulet_gguf.errors import EngineError, SettingError
 from amulet_gguf.llama.handle import Handle, Owner
-from amulet_gguf.llama.memory import check_cache
+from amulet_gguf.llama.memory import DEFAULT_N_BATCH, check_context
 from amulet_gguf.llama.model import Model, because, can_offload, lib, recent_errors
 from amulet_gguf.llama.state import fit_streams
 from amulet_gguf.llama.threads import Threads, default_threads, times
@@ -74,7 +74,7 @@ class Context(Owner):
         """
         is_offloaded = model.n_gpu_layers != 0 and can_offload()
         if n_batch is None:
-            n_batch = max(n_sequences, 512 if is_offloaded else 128)
+            n_batch = max(n_sequences, 512 if is_offloaded else DEFAULT_N_BATCH)
         if n_ctx < 1:
             raise SettingError(f"n_ctx must be at least 1, got {n_ctx}")
         if not 1 <= n_sequences <= max_sequences():
@@ -96,7 +96,7 @@ class Context(Owner):
             )
 
         if not is_offloaded:  # a GPU's own memory: llama.cpp tells when there is no room
-            check_cache(model.cache_bytes(n_ctx, n_sequences), n_ctx, n_sequences)
+            check_context(model.header, n_ctx, n_sequences, n_batch)
 
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = n_ctx * n_sequences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import math
@@ -170,6 +171,15 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
         raise ModelFormatError(
             f"{shown(path)} is damaged or incomplete ({error}): download it again"
         ) from None
+
+
+def read_model(path: Path) -> Header:
+    """Return the header of a model's first file, with the tensors of all its files; errors as above."""
+    first = read_header(path)
+    tensors = dict(first.tensors)
+    for part in parts(path)[1:]:
+        tensors |= read_header(part).tensors
+    return dataclasses.replace(first, tensors=tensors)
 
 
 def parts(path: Path) -> list[Path]:

@@ -1,77 +1,157 @@
-"""How much memory (RAM) a model will take, told from its file before it is loaded."""
+"""How much memory (RAM) a model will take, told from its file before it is loaded.
+
+What llama.cpp allocates follows from the file's metadata: the cache exactly, the working space nearly,
+by the largest of the steps of a layer. Sizes are of a CPU, where it is the RAM that counts.
+"""
 
 from __future__ import annotations
 
+import bisect
+import functools
+import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 from amulet_gguf.errors import EngineError
-from amulet_gguf.llama.gguf import Header, parts, read_header, shown
+from amulet_gguf.llama.available import available_bytes
+from amulet_gguf.llama.gguf import Header, Tensor, parts, read_header, read_model, shown
 
 #: Context of a model that could take more: the memory of a cache grows with it.
 DEFAULT_N_CTX: Final = 4096
 #: The smallest context; all are a multiple of it.
 MIN_N_CTX: Final = 256
-# Python, numba and LLVM take 110 MB. The rest was fitted to what `amulet bench` measured: 188 MB beyond
-# model and cache with V = 49,152, and 251 MB with V = 151,936.
-_BASE: Final = 158_000_000
-_PER_TOKEN_OF_VOCABULARY: Final = 613
+#: Rows of one decode on a CPU, if nobody chose.
+DEFAULT_N_BATCH: Final = 128
+_OUTPUTS: Final = 16  # rows of logits that the engine has made, for drafts
+#: Python, NumPy, Numba and llama.cpp's library: there before a model is loaded.
+_PROGRAM: Final = 115_000_000
+_KERNELS: Final = 75_000_000  # compiled, and what the first answer imports
+_PER_TOKEN_OF_VOCABULARY: Final = 150
+
+#: Bytes of a block and numbers in it, of the types that llama.cpp repacks, by ggml's number of the type.
+_BLOCKS: Final = {
+    2: (18, 32), 3: (20, 32), 8: (34, 32), 10: (84, 256), 12: (144, 256), 13: (176, 256),
+    14: (210, 256), 20: (18, 32), 23: (136, 256), 39: (17, 32),
+}  # fmt: skip
+#: The types that it repacks (llama.cpp's `repack.cpp` and `amx`), by the feature of a processor.
+_REPACKED: Final = {
+    "AVX2": {2, 12, 20, 39},
+    "AVX512": {10},
+    "DOTPROD": {2, 8, 12, 13, 14, 20, 39},
+    "AMX_INT8": {2, 3, 8, 12, 13, 14, 23},
+}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of RAM that a loaded model takes.
+    """Bytes of RAM that a process with a loaded model takes, at most.
 
     Attributes:
-        weights: the file or files.
-        cache: keys and values in float16, as if all layers attended to all of the context.
-        work: everything else, roughly.
+        weights: the file or files, mapped into memory.
+        repacked: of them, what llama.cpp copies into the order that this processor likes best. The
+            original is not read again, and the system can take its memory back.
+        cache: keys and values of all sequences in float16, and the state of recurrent layers.
+        compute: llama.cpp's working space, and logits.
+        program: everything else: Python, compiled kernels, the vocabulary.
     """
 
     weights: int
+    repacked: int
     cache: int
-    work: int
+    compute: int
+    program: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.work
+        return self.weights + self.repacked + self.cache + self.compute + self.program
+
+    @property
+    def needed(self) -> int:
+        """What must be free before the model is loaded."""
+        return self.total - self.repacked - _PROGRAM
 
 
-def estimate(header: Header, weights: int, n_ctx: int, n_sequences: int) -> Estimate:
-    """Estimate the memory of a model with a context of n_ctx tokens for each of its sequences.
+def estimate(path: Path, n_ctx: int, n_sequences: int, n_batch: int | None = None) -> Estimate:
+    """Estimate the memory of a process that has filled the contexts of a model.
 
     Args:
-        weights: bytes of the file or files.
+        path: the model's only or first file.
+        n_ctx: tokens of each sequence.
+        n_batch: rows of one decode; None: what a context takes by itself.
+
+    Raises:
+        ModelNotFoundError, ModelFormatError: a file cannot be read.
     """
+    model = read_model(path)
     return Estimate(
-        weights=weights,
-        cache=cache_bytes(header, -(-n_ctx // MIN_N_CTX) * MIN_N_CTX, n_sequences),
-        work=_BASE + _PER_TOKEN_OF_VOCABULARY * header.n_vocab,
+        weights=sum(part.stat().st_size for part in parts(path)),
+        repacked=_repacked_bytes(model.tensors),
+        cache=cache_bytes(model, n_ctx, n_sequences),
+        compute=compute_bytes(model, n_ctx, n_sequences, n_batch),
+        program=_PROGRAM + _KERNELS + _PER_TOKEN_OF_VOCABULARY * model.n_vocab,
     )
 
 
-def cache_bytes(header: Header, n_ctx: int, n_sequences: int) -> int:
-    """Estimate keys and values, as if all layers attended to all of the context (in float16).
+def cache_bytes(model: Header, n_ctx: int, n_sequences: int) -> int:
+    """Return the bytes of a cache: keys and values of tokens in float16, states of sequences in float32.
 
-    The state of a recurrent layer, which does not grow with the context, is left out.
+    Layers with a sliding window are kept whole, too: so that what is cached can be reused.
     """
-    heads = header.per_layer("attention.head_count", 1)
-    head_size = header.number("embedding_length") // max(1, max(heads, default=1))
-    sizes = header.number("attention.key_length", head_size)
-    sizes += header.number("attention.value_length", head_size)
-    kv_heads = header.per_layer("attention.head_count_kv", max(heads, default=1))
-    return sum(kv_heads) * sizes * 2 * n_ctx * n_sequences
+    layers = _layers(model)
+    kv_heads = model.per_layer("attention.head_count_kv", _n_heads(model))
+    attending = [heads for layer, heads in zip(layers, kv_heads, strict=True) if layer != "recurrent"]
+    n_recurrent = sum(layer != "attending" for layer in layers)
+    head_size = model.number("embedding_length") // max(1, _n_heads(model))
+    keys = model.number("attention.key_length", head_size)
+    values = model.number("attention.value_length", head_size)
+    if model.number("attention.key_length_mla"):
+        values = 0  # they are made of the keys
+    attending = attending[: max(0, len(attending) - model.number("attention.shared_kv_layers"))]
+    # Without flash attention, all layers get room for the largest values.
+    widest = values * max(attending, default=0) * sum(heads > 0 for heads in attending)
+    per_token = 2 * (keys * sum(attending) + widest)
+    return n_sequences * (per_token * _padded(n_ctx) + 4 * n_recurrent * _state_size(model))
 
 
-def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int | None = None) -> None:
+def compute_bytes(model: Header, n_ctx: int, n_sequences: int, n_batch: int | None = None) -> int:
+    """Estimate llama.cpp's working space without flash attention, and the logits of its outputs.
+
+    The memory of a step of a layer is used again for the next one, so that the largest counts: scores of
+    all heads for all that is cached, or the feed-forward network, or logits.
+    """
+    n_ctx = _padded(n_ctx)
+    rows = min(n_batch or max(n_sequences, DEFAULT_N_BATCH), n_ctx * n_sequences)
+    n_heads = _n_heads(model)
+    width = max(
+        model.number("embedding_length"),
+        n_heads * model.number("attention.key_length"),
+        2 * model.number("ssm.inner_size"),
+    )
+    masks = n_ctx * (2 if model.number("attention.sliding_window") else 1) if n_heads else 0
+    experts = model.number("expert_feed_forward_length") * model.number("expert_used_count")
+    feed_forward = 3 * max(*model.per_layer("feed_forward_length", 0), experts, 0) + 4 * width
+    logits = max(n_sequences, min(rows, _OUTPUTS)) * model.n_vocab
+    largest = max(rows * (n_heads * n_ctx + 6 * width), rows * feed_forward, logits)
+    outputs = n_sequences * (model.n_vocab + _state_size(model))
+    return 4 * (largest + rows * masks + outputs)
+
+
+def check_fits(
+    path: Path,
+    n_ctx: int | None,
+    n_sequences: int,
+    n_batch: int | None = None,
+    available: int | None = None,
+) -> None:
     """Refuse a model that the machine cannot hold, before it is loaded.
 
     Args:
         n_ctx: tokens per sequence; None: `DEFAULT_N_CTX`, or what the model can if less.
-        available: bytes; None: what the system says.
+        n_batch: rows of one decode.
+        available: bytes; None: what the system says, and a container's limit.
 
     Raises:
         EngineError: with the numbers, and the nearest setting that would fit.
@@ -79,42 +159,112 @@ def check_fits(path: Path, n_ctx: int | None, n_sequences: int, available: int |
     """
     header = read_header(path)
     n_ctx = n_ctx or min(DEFAULT_N_CTX, header.n_ctx_train or DEFAULT_N_CTX)
-    weights = sum(part.stat().st_size for part in parts(path))
-    if available is None:
-        available = psutil.virtual_memory().available
-    needed = estimate(header, weights, n_ctx, n_sequences)
-    if needed.total <= available:
-        return
-    per_cell = estimate(header, weights, MIN_N_CTX, n_sequences).cache
-    spare = available - needed.weights - needed.work
-    largest = spare // per_cell * MIN_N_CTX if per_cell else 0
-    if largest >= MIN_N_CTX:
-        cure = f"it would fit with --n-ctx {largest}"
-    elif n_sequences > 1 and spare >= estimate(header, weights, MIN_N_CTX, 1).cache:
-        cure = f"it would fit with --n-ctx {MIN_N_CTX} and fewer preferences"
-    else:
-        cure = "choose a smaller model or quantization, or close other programs"
-    name = shown(Path(path.name))
-    raise EngineError(
-        f"{name} would need {_gb(needed.total)} GB (weights {_gb(needed.weights)}, cache of "
-        f"{n_sequences} x {n_ctx} tokens {_gb(needed.cache)}, work {_gb(needed.work)}) and "
-        f"{_gb(available)} GB are free: {cure}"
-    )
+
+    def needed(n_ctx: int, n_sequences: int) -> int:
+        return estimate(path, n_ctx, n_sequences, n_batch).needed
+
+    most = available_bytes() if available is None else available
+    if needed(n_ctx, n_sequences) > most:
+        it = estimate(path, n_ctx, n_sequences, n_batch)
+        work = it.needed - it.weights - it.cache
+        raise EngineError(
+            f"{shown(Path(path.name))} would need {_gb(it.needed)} GB (weights {_gb(it.weights)}, cache "
+            f"of {n_sequences} x {n_ctx} tokens {_gb(it.cache)}, work {_gb(work)}) and {_gb(most)} GB "
+            f"are free: {_cure(needed, n_ctx, n_sequences, most)}"
+        )
 
 
-def check_cache(n_bytes: int, n_ctx: int, n_sequences: int) -> None:
-    """Refuse a cache that the machine cannot hold: the system might end the process instead.
+def check_context(model: Header, n_ctx: int, n_sequences: int, n_batch: int) -> None:
+    """Refuse a context that the machine cannot hold: the system might end the process instead.
 
     Raises:
-        EngineError: with what would help.
+        EngineError: with the nearest setting that would fit.
     """
-    available = psutil.virtual_memory().available
-    if n_bytes > available:
+
+    def needed(n_ctx: int, n_sequences: int) -> int:
+        return cache_bytes(model, n_ctx, n_sequences) + compute_bytes(model, n_ctx, n_sequences, n_batch)
+
+    n_bytes, most = needed(n_ctx, n_sequences), available_bytes()
+    if n_bytes > most:
         raise EngineError(
-            f"the cache of {n_sequences} x {n_ctx} tokens needs {n_bytes / 1e9:.1f} GB and "
-            f"{available / 1e9:.1f} GB of memory are free: lower n_ctx or the number of preferences"
+            f"a context of {n_sequences} x {n_ctx} tokens needs {_gb(n_bytes)} GB and {_gb(most)} GB of "
+            f"memory are free: {_cure(needed, n_ctx, n_sequences, most)}"
         )
+
+
+def _cure(needed: Callable[[int, int], int], n_ctx: int, n_sequences: int, available: int) -> str:
+    sizes = range(MIN_N_CTX, n_ctx, MIN_N_CTX)
+    n_fitting = bisect.bisect_right(sizes, available, key=lambda size: needed(size, n_sequences))
+    if n_fitting:
+        return f"it would fit with --n-ctx {sizes[n_fitting - 1]}"
+    if n_sequences > 1 and needed(MIN_N_CTX, 1) <= available:
+        return f"it would fit with --n-ctx {MIN_N_CTX} and fewer preferences"
+    return "choose a smaller model or quantization, or close other programs"
+
+
+def _padded(n_ctx: int) -> int:
+    return -(-n_ctx // MIN_N_CTX) * MIN_N_CTX
 
 
 def _gb(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f}"
+
+
+def _n_heads(model: Header) -> int:
+    return max(model.per_layer("attention.head_count", 1), default=1)
+
+
+def _layers(model: Header) -> list[str]:
+    """Tell of each layer whether it is "attending", "recurrent" or "both"."""
+    attends, recurs = set[int](), set[int]()
+    for name in model.tensors:
+        if match := _LAYER.match(name):
+            (attends if match[2] else recurs).add(int(match[1]))
+    kinds = {(True, True): "both", (False, True): "recurrent"}
+    n_layers = len(model.per_layer("attention.head_count_kv", 0))
+    return [kinds.get((n in attends, n in recurs), "attending") for n in range(n_layers)]
+
+
+#: Tensors that tell the kind of a layer. `attn_qkv` is no sign: recurrent layers may have it, too.
+_LAYER: Final = re.compile(r"blk\.(\d+)\.(?:(attn_kv?[_.])|ssm_|shortconv|time_mix)")
+
+
+def _state_size(model: Header) -> int:
+    """Count the numbers that a recurrent layer keeps of a sequence: `n_embd_r`, `n_embd_s`."""
+    width = model.number("embedding_length")
+    if size := model.number("wkv.head_size"):
+        return width * (model.number("token_shift_count", 2) + size)
+    if size := model.number("shortconv.l_cache"):
+        return width * (size - 1)
+    if size := model.number("kda.head_dim"):
+        n_heads = _n_heads(model)
+        return n_heads * size * (3 * (model.number("ssm.conv_kernel", 4) - 1) + size)
+    inner, state = model.number("ssm.inner_size"), model.number("ssm.state_size")
+    groups = model.number("ssm.group_count")
+    return max(0, model.number("ssm.conv_kernel") - 1) * (inner + 2 * groups * state) + state * inner
+
+
+def _repacked_bytes(tensors: dict[str, Tensor]) -> int:
+    """Return the size of the weights that llama.cpp keeps a second time, in another order."""
+    kinds = _repacked_kinds()
+    has_output = "output.weight" in tensors  # otherwise it is the embeddings, once more
+    return sum(
+        math.prod(tensor.shape) * _BLOCKS[tensor.kind][0] // _BLOCKS[tensor.kind][1]
+        for name, tensor in tensors.items()
+        if tensor.kind in kinds
+        and name.endswith(".weight")
+        and len(tensor.shape) > 1
+        and tensor.shape[1] % 8 == 0
+        and not (has_output and name == "token_embd.weight")
+    )
+
+
+@functools.cache
+def _repacked_kinds() -> frozenset[int]:
+    from amulet_gguf.llama.model import lib
+
+    features = lib.llama_print_system_info().decode("utf-8", "replace")
+    has = {part.split("=")[0].split(":")[-1].strip() for part in features.split("|")}
+    if "REPACK" not in has:
+        has &= {"AMX_INT8"}
+    return frozenset().union(*(_REPACKED.get(feature, ()) for feature in has))

@@ -22,9 +22,8 @@ from typing import Final
 import numpy as np
 
 from amulet_gguf.errors import EngineError, ModelFormatError, SettingError
-from amulet_gguf.llama.gguf import Header, check_magic, read_header, shown
+from amulet_gguf.llama.gguf import Header, check_magic, read_model, shown
 from amulet_gguf.llama.handle import Handle, Owner, check_process, in_use
-from amulet_gguf.llama.memory import cache_bytes
 from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
 from amulet_gguf.method.arrays import Tokens
 
@@ -197,13 +196,10 @@ class Model(Owner):
         """Numbers in all tensors."""
         return int(lib.llama_model_n_params(self.handle))
 
-    def cache_bytes(self, n_ctx: int, n_sequences: int) -> int:
-        """Estimate the KV cache of a context, as if all layers attended to all of it (in float16)."""
-        return cache_bytes(self._header, n_ctx, n_sequences)
-
     @functools.cached_property
-    def _header(self) -> Header:
-        return read_header(self.path)
+    def header(self) -> Header:
+        """What its files say about it."""
+        return read_model(self.path)
 
     @property
     def bos(self) -> int:

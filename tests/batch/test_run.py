@@ -22,6 +22,7 @@ from amulet_gguf.batch.run import answers, result, size_batch
 from amulet_gguf.engine.answer import Answer
 from amulet_gguf.errors import AmuletError, PromptTooLongError
 from amulet_gguf.llama.loading import Loading
+from amulet_gguf.llama.memory import cache_bytes
 from amulet_gguf.llama.model import Model
 from amulet_gguf.settings import Settings
 
@@ -94,7 +95,7 @@ def test_what_is_planned_holds_every_answer_and_fits_into_memory(
         is_short = answer.usage.completion_tokens < record.settings.max_tokens
         assert answer.finish_reason == "stop" or not is_short
     amulet.engine.close()  # the model is everybody's
-    one = tiny_model.cache_bytes(plan.n_ctx, 4)
+    one = cache_bytes(tiny_model.header, plan.n_ctx, 4)
 
     class Memory:
         available = 5 * one
