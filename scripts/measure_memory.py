@@ -7,15 +7,20 @@ Each row is a process of its own that fills a context of two sequences, and deco
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 import click
 
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.llama.memory import estimate
 from amulet_gguf.models.find import find_model
+
+_BESIDE: Final = 120  # tokens of a template and a preference, at most
+_ANSWER: Final = 8
 
 
 def peak_bytes() -> int:
@@ -24,26 +29,22 @@ def peak_bytes() -> int:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":  # `getrusage` begins with what the parent had
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"^VmHWM:\s*(\d+)", status, re.MULTILINE)[1])  # type: ignore[index]
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def fill(path: str, n_ctx: int) -> int:
-    """Load a model, fill the context with and without a preference, and return the peak."""
-    n_answer = 8
+    """Load a model, fill a context with a prompt with and without a preference; return the peak."""
     with Amulet.load(path, n_ctx=n_ctx, n_sequences=2, trust_model=True) as amulet:
-        # At strength 0 the base, and with it the shared prompt, would be all that is read.
-        room = amulet.engine.n_ctx - n_answer
-        text, n_words = "", room
-        while True:  # as many words as fit beside the template and the preference
-            text = " ".join(str(number % 10) for number in range(n_words))
-            n_prompt = len(amulet.model.tokenize(text)) + 120
-            if n_prompt <= room:
-                break
-            n_words -= max(1, (n_prompt - room) // 2)
-        amulet.generate(text, prefer="concise", strength=3, max_tokens=n_answer)
+        room = n_ctx - _BESIDE - _ANSWER
+        n_words = room
+        while (n_tokens := len(amulet.model.tokenize("1 " * n_words))) > room:
+            n_words = n_words * room // n_tokens
+        amulet.generate("1 " * n_words, prefer="concise", strength=3, max_tokens=_ANSWER)
         return peak_bytes()
 
 
@@ -57,8 +58,8 @@ def main(models: tuple[str, ...], sizes: tuple[int, ...], child: bool) -> None:
         print(fill(models[0], sizes[0]))
         return
     print("| model | n_ctx | estimated, MB | measured, MB | difference |\n|---|---|---|---|---|")
-    for model in models or ("bundled",):
-        path = Path(find_model(model if models else None))
+    for model in models or (None,):
+        path = find_model(model)
         for n_ctx in sizes:
             command = [sys.executable, __file__, "--child", "--n-ctx", str(n_ctx), str(path)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
