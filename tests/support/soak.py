@@ -152,14 +152,16 @@ def _server(home: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     paths = os.pathsep.join([str(shim), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "AMULET_HOME": str(home / "server"), "PYTHONPATH": paths}
     options = ["--port", "0", "--ready-json", "--log-level", "warning", "-c", "1024", "-t", "1"]
-    with (home / "server.log").open("w") as log:
-        process = subprocess.Popen(
+    with (
+        (home / "server.log").open("w") as log,
+        subprocess.Popen(
             [*_COMMAND, "serve", *options],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             env=environment,
-        )
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             port = json.loads(process.stdout.readline())["port"]
@@ -168,7 +170,6 @@ def _server(home: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
             yield process, port
         finally:
             process.kill()
-            process.wait()
 
 
 def _unaccounted(port: int, clients: Clients) -> Sequence[str]:
