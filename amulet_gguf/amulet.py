@@ -14,6 +14,7 @@ from amulet_gguf.engine.drafts import N_OUTPUTS
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import SettingError
+from amulet_gguf.home.files import read_file
 from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.checks import check
 from amulet_gguf.llama.context import Context
@@ -73,16 +74,15 @@ def _read(path: str | os.PathLike[str]) -> str:
     Raises:
         SettingError: it cannot be read.
     """
-    if not os.path.isfile(path):
-        raise SettingError(f"there is no chat template {os.fspath(path)}", "chat_template")
+    name = f"the chat template {os.fspath(path)}"
     try:
-        with open(path, "rb") as file:
-            text = decoded(file.read(4 * MAX_TEMPLATE + 1))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise SettingError(f"cannot read {os.fspath(path)}: {reason}", "chat_template") from None
+        text = decoded(read_file(path, 4 * MAX_TEMPLATE))
+    except OSError as error:
+        raise SettingError(f"{name} cannot be read: {error.strerror}", "chat_template") from None
+    except UnicodeError:
+        raise SettingError(f"{name} is not text in UTF-8: save it as such", "chat_template") from None
     if not text.strip():
-        raise SettingError(f"the chat template {os.fspath(path)} is empty", "chat_template")
+        raise SettingError(f"{name} is empty", "chat_template")
     return text
 
 

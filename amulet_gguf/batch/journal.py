@@ -14,7 +14,9 @@ from filelock import FileLock, Timeout
 
 from amulet_gguf.errors import BatchError
 from amulet_gguf.home.files import replacing
+from amulet_gguf.llama.files import open_file
 
+_MAX_LINE: Final = 2**28  # bytes; a result is shorter
 _BEGIN: Final = b'{"line": '
 
 
@@ -159,8 +161,8 @@ class Journal:
         """Find the results in the file; return where a torn line at its end begins."""
         self._file.seek(0)
         offset = 0
-        with open(self.path, "rb") as file:
-            for number, text in enumerate(file, 1):
+        with open_file(self._target) as file:
+            for number, text in enumerate(iter(lambda: file.readline(_MAX_LINE), b""), 1):
                 line = self._line_of(text)
                 if line is None:
                     if not file.peek(1) and self._is_torn(text):

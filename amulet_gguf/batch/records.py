@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from amulet_gguf.errors import AmuletError, BatchError, PromptError, SettingError
+from amulet_gguf.home.files import read_file
 from amulet_gguf.home.text import as_utf8
 from amulet_gguf.prompts.messages import Message, conversation
 from amulet_gguf.settings import SETTINGS, Settings
@@ -29,6 +30,8 @@ RESULT_FIELDS: Final = frozenset({
     "line", "key", "text", "thought", "error", "finish_reason", "usage", "timings",
 })  # fmt: skip
 _SHOWN: Final = 60  # characters of a line that an error repeats
+#: Of the whole input: all of it is held in memory, several times.
+MAX_BYTES: Final = 2**30
 _MAX_CELL: Final = 2**31 - 1  # a cell may hold a document; the module's own limit is 128 KB
 
 
@@ -111,7 +114,7 @@ def read_input(path: Path, settings: Settings) -> list[Record]:
         BatchError: it cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_BYTES)
     except OSError as error:
         raise BatchError(f"{path} cannot be read: {error.strerror or error}") from None
     return read_records(data, settings, is_csv=path.suffix.lower() == ".csv")

@@ -109,10 +109,11 @@ def batch(
     loading, settings = loading_from(options), settings_from(options)
     if loading.rpc is not None and address is not None:
         raise click.UsageError("--ray gives each worker a whole model, --rpc parts of one: choose")
-    from amulet_gguf.batch.records import dated, read_input, read_records
+    from amulet_gguf.batch.records import MAX_BYTES, dated, read_input, read_records
+    from amulet_gguf.home.files import read_stream
 
     if input == "-":
-        records = read_records(sys.stdin.buffer.read(), settings)
+        records = read_records(read_stream(sys.stdin.buffer, MAX_BYTES), settings)
     else:
         records = read_input(Path(input), settings)
 

@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 
 from amulet_gguf.declaration import SEVERAL, Setting
 from amulet_gguf.errors import SettingError
+from amulet_gguf.home.files import read_file, read_stream
 from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.loading import LOADING, Loading
 from amulet_gguf.preferences import PRESETS
@@ -217,14 +218,11 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
 def _read_text(file: str) -> str:
     name = "stdin" if file == "-" else file
     try:
-        with click.open_file(file, "rb") as stream:
-            data = stream.read(_MAX_PROMPT_BYTES + 1)
+        if file == "-":
+            return decoded(read_stream(sys.stdin.buffer, _MAX_PROMPT_BYTES))
+        return decoded(read_file(file, _MAX_PROMPT_BYTES))
     except OSError as error:
-        raise click.UsageError(f"cannot read {name}: {error.strerror}") from None
-    if len(data) > _MAX_PROMPT_BYTES:
-        raise click.UsageError(f"{name} is too large: over {_MAX_PROMPT_BYTES >> 20} MB")
-    try:
-        return decoded(data)
+        raise click.UsageError(f"{name} cannot be read: {error.strerror}") from None
     except UnicodeError:
         raise click.UsageError(f"{name} is not text in UTF-8: save it as such") from None
 
@@ -236,8 +234,6 @@ def preference(text: str) -> str | tuple[str, float]:
     file, weight = text[1:], 1.0
     if (match := _WEIGHT.search(file)) and not os.path.exists(file):
         file, weight = file[: match.start()], float(match[1])
-    if not os.path.isfile(file):
-        raise click.UsageError(f"there is no file {file!r}: a preference @FILE is read from it")
     return _read_text(file).strip(), weight
 
 

@@ -136,10 +136,7 @@ def edit() -> None:
     from amulet_gguf.home.paths import config_file
 
     path = config_file()
-    try:
-        text = path.read_text("utf-8") if path.exists() else config.SKELETON
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    text = config.read(path) or config.SKELETON
     while True:
         edited = click.edit(text, extension=".toml")
         if edited is None:

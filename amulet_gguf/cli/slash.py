@@ -255,7 +255,7 @@ def _setting_names() -> Sequence[str]:
 def _session_names() -> Sequence[str]:
     try:
         return sessions.names()
-    except (OSError, AmuletError):
+    except AmuletError:
         return []
 
 

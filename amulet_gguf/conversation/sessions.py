@@ -6,9 +6,11 @@ another model or version of llama.cpp, the conversation is read again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -17,8 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from amulet_gguf.errors import AmuletError, SessionError
-from amulet_gguf.home.files import replacing, write_atomically
+from amulet_gguf.errors import AmuletError, SessionError, shown
+from amulet_gguf.home.files import make_folder, read_file, replacing, write_atomically
 from amulet_gguf.home.paths import sessions_folder
 from amulet_gguf.prompts.messages import THOUGHT
 from amulet_gguf.settings import SETTINGS, Settings
@@ -30,6 +32,7 @@ VERSION: Final = 1
 _FORMAT: Final = "amulet-session"
 _MAX_BYTES: Final = 64 * 2**20  # of the JSON: far more than any context holds
 _NAME: Final = re.compile(r"[\w][\w.-]{0,99}")
+_MAX_BYTES_OF_NAME: Final = 240  # with what is added to it, all that file systems take
 
 #: What a session of 0.1.0 says if nobody said it.
 _DEFAULTS_OF_0_1: Final = (("strength", 5.65), ("plausibility", 0.1))
@@ -62,24 +65,39 @@ def session_path(name: str) -> Path:
     Raises:
         SessionError: the name is none: letters, digits, ".", "-" and "_", at most 100.
     """
-    if not _NAME.fullmatch(name) or name.endswith((".json", ".kv")):
+    if not _is_name(name):
         raise SessionError(
-            f"{name!r} is not a name for a session: use letters, digits, dots, dashes and underscores"
+            f"{shown(name)} is not a name for a session: use up to 100 letters, digits, dots, dashes "
+            "and underscores"
         )
     return sessions_folder() / f"{name}.json"
 
 
+def _is_name(name: str) -> bool:
+    is_word = _NAME.fullmatch(name) and not name.endswith((".json", ".kv"))
+    return bool(is_word) and len(name.encode()) <= _MAX_BYTES_OF_NAME
+
+
 def names() -> list[str]:
-    """Return the names of all sessions, the newest first."""
+    """Return the names of all sessions, the newest first.
 
-    def written_at(path: Path) -> float:
-        try:
-            return path.stat().st_mtime
-        except OSError:
-            return 0.0
-
-    paths = [path for path in sessions_folder().glob("*.json") if _NAME.fullmatch(path.stem)]
-    return [path.stem for path in sorted(paths, key=written_at, reverse=True)]
+    Raises:
+        SessionError: their folder cannot be read.
+    """
+    folder = sessions_folder()
+    found: dict[str, float] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name.removesuffix(".json")
+                if name != entry.name and _is_name(name):
+                    with contextlib.suppress(OSError):  # removed meanwhile
+                        found[name] = entry.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+        pass  # nothing was saved yet
+    except OSError as error:
+        raise SessionError(f"{folder} cannot be read: {error.strerror}") from None
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def new_name() -> str:
@@ -97,7 +115,7 @@ def save(name: str, session: Session) -> Path:
     session.saved_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record = {"format": _FORMAT, "version": VERSION, **dataclasses.asdict(session)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(path.parent)
         text = json.dumps(record, ensure_ascii=False, indent=1)
         write_atomically(path, text.encode("utf-8", "replace").decode() + "\n")
     except OSError as error:
@@ -113,9 +131,7 @@ def load(name: str) -> Session:
     """
     path = session_path(name)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SessionError(f"{path} is too large for a session")
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_file(path, _MAX_BYTES))
     except FileNotFoundError:
         raise SessionError(
             f"there is no session {name!r}: see amulet sessions ls, or /save one in amulet chat"
@@ -207,12 +223,13 @@ def load_cache(name: str, model: Path) -> tuple[Encoded, bytes] | None:
         SessionError: the file is damaged, or not of this model and this version of llama.cpp.
     """
     import numpy as np
+    import psutil
 
     from amulet_gguf.prompts.template import Encoded
 
     path = session_path(name).with_suffix(".kv")
     try:
-        blob = path.read_bytes()
+        blob = read_file(path, psutil.virtual_memory().available)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -22,11 +22,12 @@ from typing import Final
 from amulet_gguf.batch.records import digest
 from amulet_gguf.errors import BatchError, shown
 from amulet_gguf.evaluation.table import Value
-from amulet_gguf.home.files import write_atomically
+from amulet_gguf.home.files import read_file, write_atomically
 from amulet_gguf.preferences import Preference
 
 _FORMAT: Final = "amulet-ranks"
 _MAX_BYTES: Final = 2**24
+_MAX_PAGE: Final = 2**28
 _PAGE: Final = "reading.html"
 
 
@@ -127,9 +128,7 @@ def read_ranks(folder: Path) -> list[Ranks]:
 
 def _ranks(path: Path) -> tuple[str, Ranks]:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("it is too large")
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path, _MAX_BYTES))
         if content["format"] != _FORMAT:
             raise ValueError("it is of another format")
         places = {
@@ -139,7 +138,9 @@ def _ranks(path: Path) -> tuple[str, Ranks]:
             for each in content["ranks"]
         }
         broken = {str(each["group"]): frozenset(map(str, each["broken"])) for each in content["ranks"]}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         reason = shown(str(error))
         raise BatchError(
             f"{path} is not what the reading page exports ({reason}): export again"
@@ -186,7 +187,8 @@ def preferred_pairs(folder: Path) -> list[tuple[str, str, str]]:
     """
     path = folder / _PAGE
     try:
-        data = path.read_text("utf-8").partition('<script type="application/json" id="data">')[2]
+        page = read_file(path, _MAX_PAGE).decode()
+        data = page.partition('<script type="application/json" id="data">')[2]
         groups = json.loads(data.partition("</script>")[0])["groups"]
         texts = {
             str(group["id"]): {str(each["id"]): str(each["text"]) for each in group["answers"]}
@@ -195,7 +197,9 @@ def preferred_pairs(folder: Path) -> list[tuple[str, str, str]]:
         questions = {str(group["id"]): str(group["question"]) for group in groups}
     except FileNotFoundError:
         raise BatchError(f"there is no {path}: amulet eval --read writes it") from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise BatchError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise BatchError(f"{path} is damaged ({shown(str(error))}): write it again") from None
     votes: Counter[tuple[str, str, str]] = Counter()
     for ranks in read_ranks(folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from amulet_gguf.errors import ConfigError, SettingError, shown
-from amulet_gguf.home.files import locked, write_atomically
+from amulet_gguf.home.files import locked, read_file, write_atomically
 from amulet_gguf.home.paths import config_file
 from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.loading import LOADING
@@ -87,7 +87,7 @@ def load_config() -> Config:
         ConfigError: it cannot be read or has a mistake.
     """
     path = config_file()
-    return parse(_read(path), path)
+    return parse(read(path), path)
 
 
 def parse(text: str, path: Path) -> Config:
@@ -270,11 +270,14 @@ def find_line(text: str, table: str, key: str) -> int:
     return 1
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """Return the text of a configuration; a missing file is an empty one.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path} is too large for a configuration")
-        return decoded(path.read_bytes())
+        return decoded(read_file(path, _MAX_BYTES))
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -319,7 +322,7 @@ def _edit(change: Callable[[str], str]) -> None:
     """Change the file, keeping other processes from it meanwhile."""
     path = config_file()
     with _locked(path):
-        text = _read(path)
+        text = read(path)
         parse(text, path)  # an edit must not touch a file that has a mistake already
         text = change(text)
         parse(text, path)

@@ -1,14 +1,51 @@
-"""Writing files so that a crash, a full disk or Ctrl-C never leaves half of one."""
+"""Reading no more of a file than was promised, and writing so that nothing leaves half of one: no crash,
+full disk or Ctrl-C."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
+
+from amulet_gguf.llama.files import at_once, open_file
+
+_BLOCK: Final = 2**20
+
+
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return what a file holds, or a pipe that a shell passed.
+
+    Raises:
+        OSError: it cannot be read, is neither, or holds more than `limit` bytes.
+    """
+    with open_file(path, pipes=True) as file:
+        if os.fstat(file.fileno()).st_size > limit:
+            raise _too_large(limit)
+        return read_stream(file, limit)  # what a size says is no promise
+
+
+def read_stream(stream: BinaryIO, limit: int) -> bytes:
+    """Return what a stream gives until it ends.
+
+    Raises:
+        OSError: it cannot be read, or gives more than `limit` bytes.
+    """
+    data = io.BytesIO()
+    while block := stream.read(min(limit + 1 - data.tell(), _BLOCK)):
+        data.write(block)
+        if data.tell() > limit:
+            raise _too_large(limit)
+    return data.getvalue()
+
+
+def _too_large(limit: int) -> OSError:
+    return OSError(errno.EFBIG, f"it has more than {limit / 2**20:,.0f} MB")
 
 
 @contextmanager
@@ -24,7 +61,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))  # replacing a link itself would cut it off
     mode = None
     with suppress(FileNotFoundError):
-        mode = stat.S_IMODE(target.stat().st_mode)
+        found = target.stat().st_mode
+        if not stat.S_ISREG(found):  # whoever may do anything would replace the device itself
+            raise OSError(errno.EINVAL, "it is not a file", os.fspath(path))
+        mode = stat.S_IMODE(found)
         with open(target, "ab"):  # replacing needs no right to write the file, but disrespects it
             pass
     temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -45,6 +85,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(target.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for the user alone, and those that it is in, if it is not there.
+
+    Raises:
+        OSError: it cannot be made, or something else has its name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is not a folder") from None
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes and threads that lock the same file from it meanwhile; make its folder.
@@ -54,7 +106,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(path.parent)
     with FileLock(path.with_suffix(".lock"), timeout=10):
         yield
 
@@ -62,7 +114,8 @@ def locked(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` as UTF-8, line ends as they are: afterwards the file holds all of it or what it held.
 
-    A device or pipe, which cannot be replaced, is written like any file.
+    A device or pipe, which cannot be replaced, is written like any file; a pipe that nobody reads is an
+    error.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -70,7 +123,8 @@ def write_atomically(path: Path, text: str) -> None:
     """
     data = text.encode()
     if path.exists() and not path.is_file():
-        path.write_bytes(data)
+        with open(path, "wb", opener=at_once) as file:
+            file.write(data)
         return
     with replacing(path) as file:
         file.write(data)

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import platformdirs
 
+from amulet_gguf.errors import ConfigError
+
 
 def _folder(platform_folder: str) -> Path:
-    home = os.environ.get("AMULET_HOME")
-    return Path(home).expanduser() if home else Path(platform_folder)
+    try:  # without a home, the platform's folders are called "~/…" still
+        return Path(os.environ.get("AMULET_HOME") or platform_folder).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            "there is no home folder: set AMULET_HOME to a folder for models and conversations"
+        ) from None
 
 
 def config_file() -> Path:

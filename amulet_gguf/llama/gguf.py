@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from amulet_gguf.errors import ModelFormatError, ModelNotFoundError
+from amulet_gguf.llama.files import open_file
 
 _MAGIC: Final = b"GGUF"
 _MAX_KEYS: Final = 4096
@@ -163,7 +164,7 @@ def read_tokens(path: Path, header: Header) -> list[bytes]:
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield data
     except OSError as error:
         raise ModelNotFoundError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
@@ -209,17 +210,12 @@ def shown(path: Path) -> str:
 def check_magic(path: Path) -> None:
     """Refuse what is certainly not a GGUF file; errors as `read_header`."""
     try:
-        if path.is_dir():
-            raise ModelNotFoundError(f"{shown(path)} is a folder: name a .gguf file in it")
-        with path.open("rb") as file:
+        with open_file(path) as file:
             magic = file.read(4)
-    except ModelNotFoundError:  # a FileNotFoundError too
-        raise
     except FileNotFoundError:
         raise ModelNotFoundError(f"there is no model file at {shown(path)}: check the path") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ModelNotFoundError(f"{shown(path)} cannot be read: {reason}") from None
+    except OSError as error:
+        raise ModelNotFoundError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
     if magic != _MAGIC:
         raise ModelFormatError(f"{shown(path)} is not a GGUF file: choose a model in GGUF format")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from amulet_gguf.errors import ModelNotFoundError
+from amulet_gguf.home.files import read_file
 from amulet_gguf.home.paths import models_folder
 from amulet_gguf.llama.gguf import SPLIT
 
@@ -155,7 +156,7 @@ def _is_from(model: Installed, wanted: str) -> bool:
 
 def _files() -> Iterator[tuple[Path, str, str]]:
     """Yield paths of model files, their OWNER/REPO (or an ollama model's name), and the source."""
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))  # unlike Path.home, also where there is none
     for path in _below(models_folder()):
         yield path, _place(path, models_folder()), "pulled"
     if bundled := bundled_model():
@@ -191,9 +192,7 @@ def _of_hub(repo: Path) -> Iterator[tuple[Path, str, str]]:
 def _of_ollama(folder: Path) -> Iterator[tuple[Path, str, str]]:
     for manifest in _children(folder / "manifests", "*/*/*/*"):
         try:
-            if manifest.stat().st_size > _MAX_MANIFEST:
-                continue
-            layers = json.loads(manifest.read_bytes())["layers"]
+            layers = json.loads(read_file(manifest, _MAX_MANIFEST))["layers"]
             digests = [layer["digest"] for layer in layers if layer["mediaType"].endswith("image.model")]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from amulet_gguf.errors import DownloadError, SettingError
+from amulet_gguf.llama.files import at_once
 from amulet_gguf.llama.gguf import SPLIT
 from amulet_gguf.models.catalogue import CATALOGUE
 
@@ -211,7 +212,7 @@ def _fetch(repo: str, remote: _Remote, path: Path, progress: Progress) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    with path.open("ab") as file:
+    with open(path, "ab", opener=at_once) as file:
         if file.tell() > remote.n_bytes:
             file.truncate(0)
         progress(remote.name, file.tell(), remote.n_bytes)

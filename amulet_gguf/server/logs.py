@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final, Literal
 
 from amulet_gguf.errors import SettingError
+from amulet_gguf.llama.files import at_once
 
 MAX_WAITING: Final = 1000  # texts
 _DRAIN_SECONDS: Final = 0.2
@@ -105,4 +106,4 @@ def begin_logging(level: str, path: str | None) -> Callable[[], None]:
 
 def _unbuffered(file: str | int, mode: Literal["ab", "wb"]) -> io.FileIO:
     """Open without a buffer of Python's: a thread that waits would hold its lock when all ends."""
-    return open(file, mode, buffering=0)
+    return open(file, mode, buffering=0, opener=at_once if isinstance(file, str) else None)

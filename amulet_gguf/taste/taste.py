@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from amulet_gguf.errors import AmuletError, TasteError
 from amulet_gguf.home import config
-from amulet_gguf.home.files import locked, write_atomically
+from amulet_gguf.home.files import locked, read_file, write_atomically
 from amulet_gguf.home.paths import tastes_folder
 from amulet_gguf.method.arrays import Float64Array
 from amulet_gguf.preferences import PRESETS, Preference
@@ -173,7 +174,7 @@ class Taste:
         """
         path = _path(self.name)
         with _locked(path):
-            known = _load(path, self.name) if path.exists() else Taste(self.name)
+            known = _load(path, self.name)
             self.attributes = _merged(known.attributes, self.attributes)
             self.has_profile = known.has_profile
             kept = {each.key: each for each in [*known.choices, *choices]}
@@ -204,7 +205,7 @@ def open_taste(name: str, own: Iterable[Preference] = ()) -> Taste:
             name is that of a profile that was not learned.
     """
     path = _path(name)
-    taste = _load(path, name) if path.exists() else Taste(name)
+    taste = _load(path, name)
     if name in config.load_config().profiles and not taste.has_profile:
         raise TasteError(_NOT_LEARNED.format(name))
     taste.attributes = _merged(taste.attributes, [preference.text for preference in own])
@@ -235,7 +236,7 @@ def forget(name: str) -> None:
     """
     path = _path(name)
     with _locked(path):
-        if not path.exists():
+        if not os.path.lexists(path):
             raise TasteError(f"there is no taste {name!r} in {path.parent}")
         has_profile = True  # of a damaged one nobody knows
         with contextlib.suppress(TasteError):
@@ -291,10 +292,9 @@ def _save(path: Path, taste: Taste) -> None:
 
 
 def _load(path: Path, name: str) -> Taste:
+    """Return a taste; a new one where there is no file."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError("it is too large")
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_file(path, _MAX_BYTES))
         if record["format"] != _FORMAT:
             raise ValueError("it is of another format")
         if not isinstance(record["version"], int) or record["version"] > VERSION:
@@ -309,6 +309,8 @@ def _load(path: Path, name: str) -> Taste:
         return Taste(name, attributes, choices, bool(record["has_profile"]))
     except TasteError:
         raise
+    except FileNotFoundError:
+        return Taste(name)
     except OSError as error:
         raise TasteError(f"{path} cannot be read: {error.strerror or error}") from None
     except (

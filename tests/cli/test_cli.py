@@ -130,7 +130,7 @@ def test_unusable_models_are_one_line_and_exit_code_1(
     embedding = tiny("bert")  # type: ignore[operator]
     for path, complaint in (
         (tmp_path / "none.gguf", "there is no model file"),
-        (tmp_path, "is a folder"),
+        (tmp_path, "it is a folder"),
         (page, "not a GGUF file"),
         (cut, "damaged or incomplete"),
         (embedding, "an embedding model"),
@@ -369,7 +369,7 @@ def test_a_preference_comes_from_a_file(tmp_path: Path) -> None:
         assert (found.text, found.weight) == ("Write like a sailor.\nBe brief.", weight)
     refused = run("generate", PROMPT, "--prefer", "@nowhere.md:2")
     assert refused.exit_code == 2
-    assert "there is no file 'nowhere.md'" in refused.stderr
+    assert "nowhere.md cannot be read: No such file" in refused.stderr
 
 
 @pytest.mark.model
@@ -394,9 +394,9 @@ def test_another_chat_template_is_used(tmp_path: Path) -> None:
     assert longer["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
     file.write_text("{% for %}")
     assert "chat template is not valid" in run(*told).stderr
-    assert "there is no chat template" in run(*told[:-2], str(tmp_path)).stderr
+    assert "it is a folder" in run(*told[:-2], str(tmp_path)).stderr
     file.write_bytes(b"\xff")
-    assert "it is not UTF-8" in run(*told).stderr
+    assert "not text in UTF-8" in run(*told).stderr
     file.write_text("\n")
     assert "is empty" in run(*told).stderr
 
