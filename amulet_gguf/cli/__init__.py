@@ -20,7 +20,9 @@ from amulet_gguf.cli.profiles import profiles
 from amulet_gguf.cli.serve import serve
 from amulet_gguf.cli.sessions import sessions
 from amulet_gguf.cli.taste import taste
+from amulet_gguf.cli.terminal import echo, fail, prepare_streams
 from amulet_gguf.errors import AmuletError, SettingError
+from amulet_gguf.home.text import on_one_line
 
 
 class _SettingFailure(click.ClickException):
@@ -30,19 +32,26 @@ class _SettingFailure(click.ClickException):
 class _Group(click.Group):
     """Ends every failure with one line on stderr and an exit code, as click does its own."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        prepare_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # the streams', and what no command took for its own
+            fail(error)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except SettingError as error:
-            raise _SettingFailure(str(error)) from None
+            raise _SettingFailure(on_one_line(str(error))) from None
         except AmuletError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(on_one_line(str(error))) from None
         except MemoryError:
             raise click.ClickException(
                 "out of memory: lower --n-ctx, or choose a smaller model"
             ) from None
         except KeyboardInterrupt:
-            click.echo(err=True)  # the shell's prompt begins on a line of its own
+            echo(err=True)  # the shell's prompt begins on a line of its own
             ctx.exit(130)
 
 

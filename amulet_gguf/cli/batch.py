@@ -18,6 +18,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
+from amulet_gguf.cli.terminal import echo, read_stdin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -110,10 +111,9 @@ def batch(
     if loading.rpc is not None and address is not None:
         raise click.UsageError("--ray gives each worker a whole model, --rpc parts of one: choose")
     from amulet_gguf.batch.records import MAX_BYTES, dated, read_input, read_records
-    from amulet_gguf.home.files import read_stream
 
     if input == "-":
-        records = read_records(read_stream(sys.stdin.buffer, MAX_BYTES), settings)
+        records = read_records(read_stdin(MAX_BYTES), settings)
     else:
         records = read_input(Path(input), settings)
 
@@ -138,7 +138,7 @@ def batch(
                 _show(records, todo, size)
                 return
             if not todo:
-                click.echo(f"all {len(records)} records are done already", err=True)
+                echo(f"all {len(records)} records are done already", err=True)
             elif address is not None:
                 loaded.close()  # its memory belongs to the workers
                 _run(
@@ -172,7 +172,7 @@ def batch(
 
 def _size(model: Model, records: Sequence[Record], parallel: int | None, n_ctx: int | None) -> BatchSize:
     from amulet_gguf.batch.run import size_batch
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
 
     valid = [record for record in records if record.error is None]
     with LateBar("Looking at the prompts") as bar:
@@ -194,7 +194,7 @@ def _show(records: Sequence[Record], todo: Sequence[Record], size: BatchSize) ->
             f"about {size.memory.total / 1e6:,.0f} MB, {size.memory.cache / 1e6:,.0f} of it the cache",
         ),
     ):
-        click.echo(f"{name:23} {value}")
+        echo(f"{name:23} {value}")
 
 
 def _run(
@@ -230,17 +230,17 @@ def _run(
                         failures.append(f"line {record.line}: {outcome['error']}")
         except KeyboardInterrupt:
             progress.close()
-            click.echo(
+            echo(
                 f"stopped with {len(journal.done)} records done: run the same command to go on", err=True
             )
             raise
     seconds = time.monotonic() - begin
     for failure in failures[:_MAX_FAILURES]:
-        click.secho(failure, err=True, fg="yellow")
+        echo(failure, err=True, fg="yellow")
     if n_errors > _MAX_FAILURES:
-        click.secho(f"… and {n_errors - _MAX_FAILURES} more errors in the output", err=True, fg="yellow")
+        echo(f"… and {n_errors - _MAX_FAILURES} more errors in the output", err=True, fg="yellow")
     errors = f" ({n_errors} failed)" if n_errors else ""
-    click.echo(
+    echo(
         f"{n_done} records{errors}, {n_tokens} tokens in {seconds:.1f} s: {n_tokens / seconds:.1f} "
         f"tokens/s, {at_once}",
         err=True,
@@ -254,7 +254,6 @@ class _Progress:
         self._progress: Any = None
         if not sys.stderr.isatty():
             return
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -263,12 +262,14 @@ class _Progress:
             TimeRemainingColumn,
         )
 
+        from amulet_gguf.cli.screen import Screen
+
         self._progress = Progress(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:.1f} tokens/s, left:"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Screen(stderr=True),
             transient=True,
         )
         self._task = self._progress.add_task("", total=total, rate=0.0)

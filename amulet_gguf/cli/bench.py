@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from amulet_gguf.cli.options import loaded, loading_from, loading_options
+from amulet_gguf.cli.terminal import echo_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +35,7 @@ def bench(
     """
     from amulet_gguf.checks.benchmark import measure
     from amulet_gguf.checks.rows import measure_drafts, measure_rows
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
     from amulet_gguf.llama.threads import default_threads
 
     loading = loading_from(options)
@@ -54,12 +54,12 @@ def bench(
             record["rows"] = [dataclasses.asdict(each) for each in rows]
         if drafts:
             record["drafts"] = [dataclasses.asdict(each) for each in drafts]
-        click.echo(json.dumps(record))
+        echo_json(record)
         return
 
-    from rich.console import Console
+    from amulet_gguf.cli.screen import Screen
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen(soft_wrap=True)
     title = f"{result.model}, {result.threads} threads, {result.rounds} rounds"
     console.print(_table(title, ["measure", "median", "ratio"], result.table()))
     if rows:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +19,9 @@ from amulet_gguf.cli.options import (
     settings_options,
     typed_settings,
 )
+from amulet_gguf.cli.terminal import echo, read_line, unclean
 from amulet_gguf.errors import AmuletError, SettingError
+from amulet_gguf.home.text import on_one_line, printable
 from amulet_gguf.settings import SETTINGS, describe
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from amulet_gguf.cli.talk import Chat
 
 
+_MAX_HISTORY = 16 * 2**20  # bytes
 _SEQUENCES = 3  # memory for two preferences at once; for more, it grows
 
 
@@ -53,8 +57,7 @@ def chat(
     """
     loading, settings = loading_from(options), settings_from(options)
 
-    from rich.console import Console
-
+    from amulet_gguf.cli.screen import Screen
     from amulet_gguf.cli.talk import Chat
     from amulet_gguf.conversation import sessions
 
@@ -66,32 +69,35 @@ def chat(
         sessions.load(resume)  # a mistake shows before the model loads
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     n_sequences = max(_SEQUENCES if is_terminal else 1, settings.n_branches)
-    console = Console(highlight=False, markup=False, emoji=False)
     with loaded(loading, n_sequences) as amulet:
         from amulet_gguf.cli.terminal import key_by_key
+        from amulet_gguf.cli.view import ENDING, handling, leave
         from amulet_gguf.conversation.turns import Conversation
 
-        talk = Chat(Conversation(amulet, settings), console)
+        talk = Chat(Conversation(amulet, settings), Screen())
         if resume is not None:  # what is typed goes before what was saved
             typed = SETTINGS if options["preset"] else typed_settings(options)
             talk.resume(resume, **{name: getattr(settings, name) for name in typed})
-        lines = prompted(talk) if is_terminal else (line.rstrip("\n") for line in sys.stdin)
-        with key_by_key() if is_terminal else contextlib.nullcontext():
-            failed = run(talk, lines)
+        take = functools.partial(next, prompted(talk), None) if is_terminal else read_line
+        with handling(ENDING, leave), key_by_key() if is_terminal else contextlib.nullcontext():
+            failed = run(talk, take)
     if failed and not is_terminal:
         raise SystemExit(1)
 
 
-def run(chat: Chat, lines: Iterable[str]) -> bool:
-    """Answer lines until they end; return whether one of them failed."""
+def run(chat: Chat, take: Callable[[], str | None]) -> bool:
+    """Answer the lines that are taken until there is none; return whether one of them failed."""
     from amulet_gguf.cli import slash
 
     failed = False
-    for line in lines:
-        text = line.strip()
-        if not text:
-            continue
+    while True:
         try:
+            line = take()
+            if line is None:
+                break
+            text = line.strip()
+            if not text:
+                continue
             if text.startswith("/") and not text.startswith("//"):
                 slash.run(chat, text)
             else:
@@ -104,7 +110,7 @@ def run(chat: Chat, lines: Iterable[str]) -> bool:
             chat.tell("[stopped]")
         except AmuletError as error:
             failed = True
-            click.secho(f"Error: {error}", err=True, fg="red")
+            echo(f"Error: {on_one_line(str(error))}", err=True, fg="red")
     return failed
 
 
@@ -125,9 +131,9 @@ def prompted(chat: Chat) -> Iterator[str]:
 
 
 def _status(chat: Chat) -> str:
-
     n_ctx = chat.conversation.amulet.engine.n_ctx
-    return f" {describe(chat.conversation.settings)}   {chat.n_tokens:,} of {n_ctx:,} tokens "
+    settings = printable(describe(chat.conversation.settings))
+    return f" {settings}   {chat.n_tokens:,} of {n_ctx:,} tokens "
 
 
 def _line_editor() -> PromptSession[str]:
@@ -136,9 +142,10 @@ def _line_editor() -> PromptSession[str]:
     from prompt_toolkit.document import Document
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-    from prompt_toolkit.output import ColorDepth
+    from prompt_toolkit.output import ColorDepth, create_output
 
     from amulet_gguf.cli import slash
+    from amulet_gguf.home.files import make_folder, read_file
     from amulet_gguf.home.paths import history_file
 
     class SlashCompleter(Completer):
@@ -153,16 +160,21 @@ def _line_editor() -> PromptSession[str]:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    class SafeHistory(FileHistory):
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError, UnicodeError):  # a full disk, or what is no text
+                super().store_string(string)
+
     path = history_file()
     history: Any = InMemoryHistory()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(OSError):  # costs the history, not the conversation
+        make_folder(path.parent)
         path.touch(mode=0o600)
-        history = FileHistory(str(path))
-    except OSError:
-        pass  # a disk that cannot be written costs the history, not the conversation
+        read_file(path, _MAX_HISTORY)  # the editor reads all of it
+        history = SafeHistory(str(path))
     colors = ColorDepth.DEPTH_1_BIT if os.environ.get("NO_COLOR") else None
     return PromptSession(
+        output=create_output(unclean(sys.stdout)),
         history=history,
         key_bindings=bindings,
         color_depth=colors,

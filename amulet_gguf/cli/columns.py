@@ -86,14 +86,12 @@ class Columns:
         """Return a text with changed tokens styled or, where there are no styles, between « and »."""
         from rich.text import Text
 
-        from amulet_gguf.cli.terminal import printable
-
         if pieces and all(piece.kind == "thought" for piece in pieces):
             return Text("thinking…", style="dim")
         pieces = [piece for piece in pieces if piece.kind == "answer"]
         marked = Text()
         for changed, run in itertools.groupby(pieces, key=lambda piece: piece.changed and self._marks):
-            text = printable("".join(piece.text for piece in run))
+            text = "".join(piece.text for piece in run)
             if changed and not self._console.is_terminal:
                 text = f"«{text}»"
             marked.append(text, style="bold green" if changed else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import click
@@ -17,6 +16,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
+from amulet_gguf.cli.terminal import echo_json
 from amulet_gguf.methods import four
 
 
@@ -51,12 +51,10 @@ def compare(
         if as_json:
             answers = amulet.compare(text, compared)
         else:
-            from rich.console import Console
-
             from amulet_gguf.cli.columns import Columns, strengths
+            from amulet_gguf.cli.screen import Screen
 
-            console = Console(highlight=False, markup=False, emoji=False)
-            with Columns(console, strengths(compared)) as columns:
+            with Columns(Screen(), strengths(compared)) as columns:
                 amulet.compare(text, compared, columns.add)
     if as_json:
         record = {
@@ -70,4 +68,4 @@ def compare(
             }
             for name, answer in answers.items()
         }
-        click.echo(json.dumps(record, ensure_ascii=False))
+        echo_json(record)

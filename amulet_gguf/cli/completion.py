@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from amulet_gguf.cli.terminal import echo
+
 
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
@@ -20,4 +22,4 @@ def completion(context: click.Context, shell: str) -> None:
 
     make = get_completion_class(shell)
     assert make is not None
-    click.echo(make(context.find_root().command, {}, "amulet", "_AMULET_COMPLETE").source())
+    echo(make(context.find_root().command, {}, "amulet", "_AMULET_COMPLETE").source())

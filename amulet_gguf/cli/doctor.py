@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
+
+from amulet_gguf.cli.terminal import echo, echo_json
+from amulet_gguf.home.text import on_one_line
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("note", "yellow"), "failed": ("FAIL", "red")}
 
@@ -18,21 +20,19 @@ def doctor(as_json: bool) -> None:
     Ends with 1 if something does not work.
     """
     from amulet_gguf.checks.diagnosis import Check, diagnose
-    from amulet_gguf.cli.terminal import printable
 
     checks: list[Check] = []
     for check in diagnose():
         checks.append(check)
         if not as_json:
             mark, color = _MARKS[check.status]
-            click.echo(
-                f"{click.style(f'{mark:>4}', fg=color)}  {check.name:<14}{printable(check.value)}"
-            )
+            echo(f"{mark:>4}", nl=False, fg=color)
+            echo(f"  {check.name:<14}{on_one_line(check.value)}")
             if check.status != "ok":
-                click.echo(f"{'':>20}→ {check.cure}")
+                echo(f"{'':>20}→ {check.cure}")
     is_well = all(check.status != "failed" for check in checks)
     if as_json:
         record = {"ok": is_well, "checks": [dataclasses.asdict(check) for check in checks]}
-        click.echo(json.dumps(record, ensure_ascii=False))
+        echo_json(record)
     if not is_well:
         raise SystemExit(1)

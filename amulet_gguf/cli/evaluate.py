@@ -20,6 +20,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
+from amulet_gguf.cli.terminal import echo
 from amulet_gguf.methods import METHODS
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def evaluate(
     preferences = [preference.name for preference in settings.prefer] or _PREFERENCES
     shared = settings.replace(prefer=())
 
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
     from amulet_gguf.evaluation.questions import sample_questions
     from amulet_gguf.evaluation.reading import read_ranks, write_page
     from amulet_gguf.evaluation.report import html, markdown, write_table
@@ -160,7 +161,7 @@ def evaluate(
     if readers:
         n_read = sum(any(ranks.covers(group) for ranks in readers) for group in groups)
         about["readers"] = f"{len(readers)}, who ranked {n_read} of {len(groups)} groups"
-        click.echo(f"readers: {about['readers']}", err=True)
+        echo(f"readers: {about['readers']}", err=True)
     if readers or judge:
         about["compared to"] = against
     write_table(output, results)
@@ -168,9 +169,9 @@ def evaluate(
     examples = _examples(evaluation, responses)
     write_atomically(output / "report.html", html(results, about, MEASURES, examples))
     if read:
-        click.echo(f"for readers: {write_page(output, groups)}", err=True)
+        echo(f"for readers: {write_page(output, groups)}", err=True)
     _show(results)
-    click.echo(
+    echo(
         f"{len(responses)} answers in {time.monotonic() - begin:.0f} s; see {output / 'report.html'}",
         err=True,
     )
@@ -251,9 +252,9 @@ def _cell(result: Result | None, digits: int) -> str:
 
 def _show(results: Sequence[Result]) -> None:
     """Print the measures that matter most, over all preferences."""
-    from rich.console import Console
     from rich.table import Table
 
+    from amulet_gguf.cli.screen import Screen
     from amulet_gguf.evaluation.table import ALL, by_method
     from amulet_gguf.evaluation.text_measures import MEASURES
 
@@ -266,6 +267,6 @@ def _show(results: Sequence[Result]) -> None:
     for method, row in by_name.items():
         cells = [_cell(row.get(name), MEASURES[name].digits) for name in measures]
         table.add_row(method, *cells)
-    console = Console(highlight=False)
+    console = Screen()
     console.width = max(console.width, _WIDTH)
     console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
+from amulet_gguf.cli.terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,10 +56,9 @@ def explain(
         raise click.UsageError("name something to explain with --prefer")
     text = read_prompt(prompt, file)
 
-    from rich.console import Console
-
     from amulet_gguf.cli import explained
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
+    from amulet_gguf.cli.screen import Screen
     from amulet_gguf.conversation.turns import Conversation
     from amulet_gguf.home.files import write_atomically
     from amulet_gguf.settings import describe
@@ -73,7 +72,7 @@ def explain(
         for piece in turn:
             bar.update(len(turn.pieces), settings.max_tokens + (piece.finish_reason is None))
     if settings.strength is None and turn.settings.strength == 1:
-        click.echo(
+        echo(
             "This model is asked by ordinary prompting unless you say otherwise: --strength 3 realigns.",
             err=True,
         )
@@ -84,12 +83,12 @@ def explain(
             )
         except OSError as error:
             raise click.ClickException(f"{html} cannot be written: {error.strerror}") from None
-        click.echo(f"written: {html}", err=True)
+        echo(f"written: {html}", err=True)
     if as_json:
         record = {"prompt": text, "text": turn.text, "model": name, **explained.as_record(turn.pieces)}
-        click.echo(json.dumps(record, ensure_ascii=False))
+        echo_json(record)
     elif not html:
-        show(Console(highlight=False, markup=False, emoji=False), turn.pieces)
+        show(Screen(), turn.pieces)
 
 
 def show(console: Console, pieces: Sequence[Piece]) -> None:
@@ -98,7 +97,6 @@ def show(console: Console, pieces: Sequence[Piece]) -> None:
     from rich.text import Text
 
     from amulet_gguf.cli import explained
-    from amulet_gguf.cli.terminal import printable
 
     answer = Text()
     for piece in explained.explained(pieces):
@@ -113,7 +111,7 @@ def show(console: Console, pieces: Sequence[Piece]) -> None:
     for index in explained.strongest(pieces):
         why = pieces[index].explanation
         assert why is not None
-        title = f"…{printable(explained.before(pieces, index))} ▸ {pieces[index].text.strip()!r}"
+        title = f"…{explained.before(pieces, index)} ▸ {pieces[index].text.strip()!r}"
         console.print(f"\n{title}  KL {why.divergence:.2f}")
         table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
         table.add_column("  token", overflow="fold")
@@ -130,10 +128,8 @@ def _marked(console: Console, piece: Piece) -> Any:
     """Return a token shaded or, where there are no colours, with its KL behind it."""
     from rich.text import Text
 
-    from amulet_gguf.cli.terminal import printable
-
     assert piece.explanation is not None
-    text = printable(piece.text)
+    text = piece.text
     shade = _SHADES[min(len(_SHADES) - 1, int(piece.explanation.shade * len(_SHADES)))]
     changed = piece.changed
     if console.color_system is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
+from amulet_gguf.cli.terminal import echo, echo_json
 
 if TYPE_CHECKING:
     from amulet_gguf.stream import Stream
@@ -66,9 +66,10 @@ def generate(
     if prefill:
         messages.append({"role": "assistant", "content": prefill})
 
-    from amulet_gguf.cli.terminal import LateBar, Output
+    from amulet_gguf.cli.bar import LateBar
+    from amulet_gguf.cli.terminal import Output
 
-    output, aside = Output(), Output(sys.stderr)
+    output, aside = Output(), Output(err=True)
     if shows_thoughts is None:
         shows_thoughts = sys.stderr.isatty()
     with (
@@ -77,7 +78,7 @@ def generate(
         amulet.stream(messages=messages, settings=settings, on_prefill=bar.update) as stream,
     ):
         if settings.avoid and settings.prefer and (stream.settings.strength or 0) <= 1:
-            click.echo(f"{IDLE_AVOID}: try --strength 3", err=True)
+            echo(f"{IDLE_AVOID}: try --strength 3", err=True)
         try:
             for piece in stream:
                 bar.close()
@@ -103,9 +104,9 @@ def generate(
                 "usage": dataclasses.asdict(stream.usage),
                 "timings": dataclasses.asdict(stream.timings),
             }
-            output.write(json.dumps(record, ensure_ascii=False) + "\n")
+            echo_json(record)
         if stats or (stats is None and sys.stderr.isatty()):
-            click.secho(_summary(stream), err=True, dim=True)
+            echo(_summary(stream), err=True, dim=True)
     if stats is None and sys.stderr.isatty():
         _say_what_is_next()
 
@@ -118,7 +119,7 @@ def _say_what_is_next() -> None:
         mark = welcomed_file()
         mark.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         mark.touch(exist_ok=False)
-        click.secho(f"[{_NEXT}]", err=True, dim=True)
+        echo(f"[{_NEXT}]", err=True, dim=True)
 
 
 def _summary(stream: Stream) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,9 @@ import click
 
 from amulet_gguf.cli.options import complete_models
 from amulet_gguf.cli.pull import pull
+from amulet_gguf.cli.terminal import echo, echo_json
 from amulet_gguf.errors import AmuletError, ModelNotFoundError
+from amulet_gguf.home.text import on_one_line
 
 if TYPE_CHECKING:
     from amulet_gguf.models.find import Installed
@@ -33,21 +34,20 @@ def list_models(as_json: bool) -> None:
 
     Models of the hub's cache, ollama and LM Studio are found too, and left alone.
     """
-    from amulet_gguf.cli.terminal import Output
     from amulet_gguf.models.find import installed
 
     used = _default()
     rows = [_row(model, used) for model in installed()]
     if as_json:
-        Output().write(json.dumps(rows, ensure_ascii=False) + "\n")
+        echo_json(rows)
         return
     if not rows:
-        click.echo("there is no model yet: amulet models pull NAME fetches one", err=True)
+        echo("there is no model yet: amulet models pull NAME fetches one", err=True)
         return
 
     from rich.table import Table
 
-    from amulet_gguf.cli.terminal import printable, table_console
+    from amulet_gguf.cli.screen import table_screen
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("NAME", "SIZE", "QUANT", "CONTEXT", "ARCHITECTURE", "SOURCE"):
@@ -62,8 +62,8 @@ def list_models(as_json: bool) -> None:
         else:
             context = f"{row['context_length']:,}"
             cells += [row["quantization"], context, f"{row['architecture']} {row['size']}".strip()]
-        table.add_row(*(printable(cell) for cell in [*cells, row["source"]]))
-    table_console().print(table)
+        table.add_row(*cells, row["source"])
+    table_screen().print(table)
 
 
 @models.command()
@@ -73,7 +73,6 @@ def list_models(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     """Show what a model is, and the memory it will need."""
-    from amulet_gguf.cli.terminal import Output, printable
     from amulet_gguf.llama.gguf import parts, read_model
     from amulet_gguf.llama.memory import estimate
     from amulet_gguf.methods import auto_for, describe_auto
@@ -82,10 +81,8 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     path = find_model(name)
     header = read_model(path)
     source = header.text("tokenizer.chat_template")
-    output = Output()
     if template:
-        output.write(source)
-        output.end_line()
+        echo(source, nl=not source.endswith("\n"))
         return
     files = parts(path)
     size = sum(file.stat().st_size for file in files)
@@ -115,7 +112,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         },
     }
     if as_json:
-        output.write(json.dumps(record, ensure_ascii=False) + "\n")
+        echo_json(record)
         return
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     missing = f", {record['files_missing']} missing" if record["files_missing"] else ""
@@ -137,7 +134,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         f"preference {memory[1] / 1e6:,.0f} MB, with two {memory[2] / 1e6:,.0f} MB",
     }
     for key, value in lines.items():
-        output.write(f"{key:<13} {printable(value)}\n")
+        echo(f"{key:<13} {on_one_line(value)}")
 
 
 @models.command()
@@ -172,7 +169,7 @@ def rm(name: str, yes: bool) -> None:
             parent.rmdir()
     except OSError as error:
         raise ModelNotFoundError(f"{shown(path)} cannot be deleted: {error.strerror}") from None
-    click.echo(f"deleted: {shown(path)}", err=True)
+    echo(f"deleted: {shown(path)}", err=True)
 
 
 @models.command()
@@ -180,7 +177,6 @@ def rm(name: str, yes: bool) -> None:
 @click.option("--clear", is_flag=True, help="Go back to the bundled one.")
 def default(name: str | None, clear: bool) -> None:
     """Show the model that is used without -m, or make NAME it."""
-    from amulet_gguf.cli.terminal import Output
     from amulet_gguf.home.config import set_model
     from amulet_gguf.llama.gguf import read_header
     from amulet_gguf.models.find import find_model, installed
@@ -194,8 +190,8 @@ def default(name: str | None, clear: bool) -> None:
         names = {model.path: model.name for model in installed() if Path(name).name != path.name}
         set_model(names.get(path, str(path.absolute())))
     if (clear or name) and os.environ.get("AMULET_MODEL"):
-        click.echo("AMULET_MODEL goes before it: unset it to use the new one", err=True)
-    Output().write(f"{find_model()}\n")
+        echo("AMULET_MODEL goes before it: unset it to use the new one", err=True)
+    echo(find_model())
 
 
 def _default() -> Path | None:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from amulet_gguf.cli.terminal import read_stdin
 from amulet_gguf.declaration import SEVERAL, Setting
 from amulet_gguf.errors import SettingError
-from amulet_gguf.home.files import read_file, read_stream
+from amulet_gguf.home.files import read_file
 from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.loading import LOADING, Loading
 from amulet_gguf.preferences import PRESETS
@@ -203,7 +204,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     if prompt == "-" and file is None:
         prompt, file = None, "-"
     if prompt is None and file is None:
-        if sys.stdin is None or sys.stdin.isatty():
+        if sys.stdin.isatty():
             raise click.UsageError("no prompt: give it as an argument, with --file, or on stdin")
         file = "-"
     parts = [] if prompt is None else [prompt]
@@ -219,7 +220,7 @@ def _read_text(file: str) -> str:
     name = "stdin" if file == "-" else file
     try:
         if file == "-":
-            return decoded(read_stream(sys.stdin.buffer, _MAX_PROMPT_BYTES))
+            return decoded(read_stdin(_MAX_PROMPT_BYTES))
         return decoded(read_file(file, _MAX_PROMPT_BYTES))
     except OSError as error:
         raise click.UsageError(f"{name} cannot be read: {error.strerror}") from None
@@ -285,7 +286,7 @@ def _profile() -> Mapping[str, Any]:
 def loaded(loading: Loading, n_sequences: int) -> Iterator[Amulet]:
     """Load the model that was asked for, with a progress bar if that takes long."""
     from amulet_gguf.amulet import Amulet
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
 
     with LateBar("Loading the model") as bar:
         amulet = Amulet.load(
@@ -302,7 +303,7 @@ def loaded(loading: Loading, n_sequences: int) -> Iterator[Amulet]:
 def loaded_model(loading: Loading) -> Iterator[Model]:
     """Load a model alone, whose context is sized later."""
     from amulet_gguf.amulet import load_model
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
 
     with LateBar("Loading the model") as bar:
         model = load_model(loading, progress=lambda fraction: bar.update(fraction, 1.0))

@@ -102,7 +102,7 @@ def features_of(
     amulet: Amulet, taste: Taste, messages: Sequence[Mapping[str, str]], texts: Sequence[str]
 ) -> list[dict[str, float]]:
     """Return the features of answers, by attribute."""
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
     from amulet_gguf.engine.likelihood import result
     from amulet_gguf.taste.features import log_ratios
 
@@ -114,10 +114,8 @@ def features_of(
 
 def told(taste: Taste) -> str:
     """Return what is known in a line: "7 choices: you seem to like formal (62 %)"."""
-    from amulet_gguf.cli.terminal import printable
-
     n = len(taste.choices)
     likely = [each for each in taste.weights() if each.sureness >= _WORTH_TELLING][:_N_TOLD]
     parts = [f"{'' if w.mean > 0 else 'not '}{w.name} ({w.sureness:.0%})" for w in likely]
     found = f"you seem to like {', '.join(parts)}" if parts and n else "nothing is known yet"
-    return printable(f"{n} choice{'' if n == 1 else 's'}: {found}")
+    return f"{n} choice{'' if n == 1 else 's'}: {found}"

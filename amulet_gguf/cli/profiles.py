@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -14,6 +13,7 @@ from amulet_gguf.cli.options import (
     settings_options,
     typed_settings,
 )
+from amulet_gguf.cli.terminal import echo, echo_json
 from amulet_gguf.errors import ConfigError
 from amulet_gguf.llama.loading import LOADING
 
@@ -34,17 +34,17 @@ def list_profiles(as_json: bool) -> None:
 
     found = config.load_config()
     if as_json:
-        click.echo(json.dumps({"default": found.profile, "profiles": found.profiles}, default=str))
+        echo_json({"default": found.profile, "profiles": found.profiles})
         return
     if not found.profiles:
-        click.echo("there is no profile yet: amulet profiles add NAME --prefer concise", err=True)
+        echo("there is no profile yet: amulet profiles add NAME --prefer concise", err=True)
         return
 
     from rich.table import Table
 
-    from amulet_gguf.cli.terminal import printable, table_console
+    from amulet_gguf.cli.screen import table_screen
 
-    console = table_console()
+    screen = table_screen()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("NAME", "MODEL", "STRENGTH"):
         table.add_column(title, no_wrap=True)
@@ -53,11 +53,11 @@ def list_profiles(as_json: bool) -> None:
         prefer = values.get("prefer", "")
         table.add_row(
             name + (" *" if name == found.profile else ""),
-            printable(str(values.get("model", ""))),
+            str(values.get("model", "")),
             str(values.get("strength", "")),
-            printable(prefer if isinstance(prefer, str) else ", ".join(map(str, prefer))),
+            prefer if isinstance(prefer, str) else ", ".join(map(str, prefer)),
         )
-    console.print(table)
+    screen.print(table)
 
 
 @profiles.command()
@@ -69,11 +69,11 @@ def show(name: str, as_json: bool) -> None:
 
     values = config.load_config().values(name)
     if as_json:
-        click.echo(json.dumps(values, default=str))
+        echo_json(values)
         return
     import tomlkit
 
-    click.echo(tomlkit.dumps(values), nl=False)
+    echo(tomlkit.dumps(values), nl=False)
 
 
 @profiles.command()
@@ -121,9 +121,9 @@ def default(name: str | None, clear: bool) -> None:
     if clear or name:
         config.set_default_profile(None if clear else name)
     elif current := config.load_config().profile:
-        click.echo(current)
+        echo(current)
     else:
-        click.echo("there is no default profile", err=True)
+        echo("there is no default profile", err=True)
 
 
 @profiles.command()
@@ -140,7 +140,7 @@ def edit() -> None:
     while True:
         edited = click.edit(text, extension=".toml")
         if edited is None:
-            click.echo("nothing was changed", err=True)
+            echo("nothing was changed", err=True)
             return
         try:
             config.write(edited)
@@ -152,5 +152,5 @@ def edit() -> None:
                 raise ConfigError(f"{complaint}; the configuration is as before") from None
             text = edited
         else:
-            click.echo(f"written: {path}", err=True)
+            echo(f"written: {path}", err=True)
             return

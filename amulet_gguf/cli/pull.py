@@ -8,6 +8,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from amulet_gguf.cli.terminal import echo
 from amulet_gguf.models.catalogue import CATALOGUE
 
 
@@ -33,13 +34,13 @@ def pull(name: str | None) -> None:
     from amulet_gguf.models import hub, trial
 
     source = hub.parse_source(name)
-    click.echo(f"looking for {source.repo}", err=True)
+    echo(f"looking for {source.repo}", err=True)
     with _Bars() as bars:
         path = hub.pull(source, models_folder(), bars.update)
     trial.trust(path)
     if not bars.names:
-        click.echo("it is here already, as the hub has it", err=True)
-    click.echo(path)
+        echo("it is here already, as the hub has it", err=True)
+    echo(path)
 
 
 class _Bars:
@@ -57,7 +58,8 @@ class _Bars:
     def __enter__(self) -> _Bars:
         if sys.stderr.isatty():
             from rich import progress
-            from rich.console import Console
+
+            from amulet_gguf.cli.screen import Screen
 
             self._progress = progress.Progress(
                 progress.TextColumn("{task.description}", markup=False),
@@ -65,7 +67,7 @@ class _Bars:
                 progress.DownloadColumn(),
                 progress.TransferSpeedColumn(),
                 progress.TimeRemainingColumn(),
-                console=Console(stderr=True, markup=False, emoji=False),
+                console=Screen(stderr=True),
             )
             self._progress.start()
         return self
@@ -78,10 +80,8 @@ class _Bars:
         if self._progress is None:
             if name not in self._tasks:
                 self._tasks[name] = None
-                click.echo(f"fetching {name} ({total / 1e6:,.0f} MB)", err=True)
+                echo(f"fetching {name} ({total / 1e6:,.0f} MB)", err=True)
             return
-        from amulet_gguf.cli.terminal import printable
-
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(printable(name), total=total)
+            self._tasks[name] = self._progress.add_task(name, total=total)
         self._progress.update(self._tasks[name], completed=done)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import threading
 from typing import Any
@@ -16,6 +15,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
+from amulet_gguf.cli.terminal import echo, echo_json, prepare_streams
 from amulet_gguf.errors import SettingError
 
 
@@ -145,7 +145,7 @@ def serve(
         raise click.ClickException(
             f"{error.name} is missing: pip install 'amulet-gguf[server]'"
         ) from None
-    from amulet_gguf.cli.terminal import LateBar
+    from amulet_gguf.cli.bar import LateBar
     from amulet_gguf.home.config import load_config
     from amulet_gguf.models.find import find_model
     from amulet_gguf.service.service import AmuletService
@@ -166,6 +166,7 @@ def serve(
         port = listeners[0].getsockname()[1]
         url = f"http://{shown}:{port}"
         drain = begin_logging(log_level, log_file)
+        prepare_streams()  # stderr is another one now
         bar = stack.enter_context(LateBar("Loading the model"))
         starting = Starting(access)
 
@@ -177,7 +178,7 @@ def serve(
             if ready_json:
                 about = {"url": url, "port": port, "model": name, "pid": os.getpid()}
                 with contextlib.suppress(OSError):  # who closed stdout does not want to know
-                    click.echo(json.dumps(about))
+                    echo_json(about)
 
         def on_exit() -> None:  # ends what is under way with an error that says why
             bar.close()
@@ -189,7 +190,7 @@ def serve(
                 bar.close()
                 served = Served(service, name, settings, config, limit_tokens, n_sequences, strict_model)
                 starting.app = create_app(served, access, without)
-                click.echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True)
+                echo(f"{name} at {url} (Ctrl-C ends; OpenAI's API at {url}/v1)", err=True)
             except BaseException as error:
                 failures.append(error)
                 server.should_exit = True

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from amulet_gguf.cli.terminal import echo, echo_json
 from amulet_gguf.errors import AmuletError
+from amulet_gguf.home.text import on_one_line
 
 
 def _complete(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
     from amulet_gguf.conversation import sessions
 
-    return [CompletionItem(name) for name in sessions.names() if name.startswith(typed)]
+    try:
+        return [CompletionItem(name) for name in sessions.names() if name.startswith(typed)]
+    except AmuletError:  # a shell that completes has no use for one
+        return []
 
 
 @click.group()
@@ -45,27 +49,27 @@ def list_sessions(as_json: bool) -> None:
             row["error"] = str(error)
         rows.append(row)
     if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False))
+        echo_json(rows)
         return
     if not rows:
-        click.echo("no conversation is saved yet: amulet chat begins one", err=True)
+        echo("no conversation is saved yet: amulet chat begins one", err=True)
         return
 
     from rich.table import Table
 
-    from amulet_gguf.cli.terminal import printable, table_console
+    from amulet_gguf.cli.screen import table_screen
 
-    console = table_console()
-    table = Table(box=None, pad_edge=False, header_style="bold", expand=console.is_terminal)
+    screen = table_screen()
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=screen.is_terminal)
     for title in ("NAME", "TURNS", "CACHE", "SAVED (UTC)"):
         table.add_column(title, no_wrap=True)
     table.add_column("BEGINS", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in rows:
-        first = " ".join(printable(row.get("error") or row["first"]).split())
+        first = on_one_line(row.get("error") or row["first"])
         saved_at = str(row.get("saved_at", ""))[:16].replace("T", " ")
         turns = str(row.get("turns", "?"))
         table.add_row(row["name"], turns, "yes" if row.get("memory") else "", saved_at, first)
-    console.print(table)
+    screen.print(table)
 
 
 @sessions.command("rm")
@@ -76,7 +80,7 @@ def remove(names: tuple[str, ...]) -> None:
 
     for name in names:
         sessions.remove(name)
-        click.echo(f"removed: {name}", err=True)
+        echo(f"removed: {name}", err=True)
 
 
 @sessions.command("export")
@@ -89,9 +93,9 @@ def export(name: str, as_json: bool) -> None:
 
     session = sessions.load(name)
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(session), ensure_ascii=False, indent=1))
+        echo_json(dataclasses.asdict(session), indent=1)
         return
-    click.echo(f"# {name}\n")
-    click.echo(f"{session.model.rsplit('/', 1)[-1]}, {describe(session.settings)}, {session.saved_at}")
+    echo(f"# {name}\n")
+    echo(f"{session.model.rsplit('/', 1)[-1]}, {describe(session.settings)}, {session.saved_at}")
     for message in session.messages:
-        click.echo(f"\n## {'You' if message['role'] == 'user' else 'Answer'}\n\n{message['content']}")
+        echo(f"\n## {'You' if message['role'] == 'user' else 'Answer'}\n\n{message['content']}")

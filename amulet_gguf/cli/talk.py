@@ -8,8 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
+from amulet_gguf.cli.terminal import echo
 from amulet_gguf.conversation import sessions
 from amulet_gguf.errors import AmuletError, PromptTooLongError, SettingError
 from amulet_gguf.settings import describe
@@ -53,9 +52,7 @@ class Chat:
 
     def tell(self, text: str) -> None:
         """Say something that is not the model's, on stderr."""
-        from amulet_gguf.cli.terminal import printable
-
-        click.secho(printable(text), err=True, dim=True)
+        echo(text, err=True, dim=True)
 
     def answer(self, text: str, draft: str | None = None) -> bool:
         """Answer a message; return whether anything was written.
@@ -101,14 +98,17 @@ class Chat:
                         turn.cancel()
             finally:
                 turn.close()
-            self.typed = keys.typed
+                if turn.text:  # at once: where the terminal is gone, whatever follows fails
+                    self.autosave()
+        if keys.signal is not None:
+            raise SystemExit(128 + keys.signal)
+        self.typed = keys.typed
         self._thought = turn.thought
         if self._thought:
             self.tell(f"[thought for {seconds:.1f} s: /thoughts shows it]")
         self._report(turn)
         usage = turn.usage
         self.n_tokens = usage.prompt_tokens + usage.completion_tokens
-        self.autosave()
         return bool(turn.text)
 
     def _answer_twice(self, text: str, taste: Taste) -> bool:
@@ -189,7 +189,10 @@ class Chat:
         if self.ask is None:
             raise SettingError(f"{about}. /drop {n} forgets the oldest turns; or use a larger --n-ctx")
         self.tell(f"{about}.")
-        reply = self.ask(f"Forget the oldest {n} of {turns} turns? [y/N] ")
+        try:
+            reply = self.ask(f"Forget the oldest {n} of {turns} turns? [y/N] ")
+        except (KeyboardInterrupt, EOFError):
+            reply = "no"
         if reply.strip().lower() not in ("y", "yes"):
             self.tell("nothing was forgotten. /drop N, /clear, or amulet chat --resume --n-ctx N")
             self.typed = text  # to be sent again

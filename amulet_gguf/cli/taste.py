@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +17,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
+from amulet_gguf.cli.terminal import echo, echo_json, read_line
 
 if TYPE_CHECKING:
     from amulet_gguf.amulet import Amulet
@@ -100,7 +99,6 @@ def taste(
         return
 
     from amulet_gguf.cli.pair import told
-    from amulet_gguf.cli.terminal import printable
     from amulet_gguf.evaluation.questions import sample_questions
     from amulet_gguf.evaluation.reading import preferred_pairs
 
@@ -115,38 +113,37 @@ def taste(
             _read(amulet, found, pairs)
         else:
             _ask(amulet, found, settings, messages)
-    click.echo(told(found), err=True)
+    echo(told(found), err=True)
     if found.preferences():
         kept = ", ".join(f"{each.name}:{each.weight:g}" for each in found.preferences())
-        click.echo(printable(f"profile {name}: {kept}. Use it: amulet chat --profile {name}"), err=True)
+        echo(f"profile {name}: {kept}. Use it: amulet chat --profile {name}", err=True)
     else:
-        click.echo("that is not sure enough for a profile: choose some more", err=True)
+        echo("that is not sure enough for a profile: choose some more", err=True)
 
 
 def _ask(amulet: Amulet, taste: Taste, settings: Settings, messages: Iterator[str]) -> None:
     """Ask until nobody answers any more."""
-    from rich.console import Console
-
     from amulet_gguf.cli.pair import told, write_pair
+    from amulet_gguf.cli.screen import Screen
 
-    console = Console(highlight=False, markup=False, emoji=False)
-    click.echo(
+    screen = Screen()
+    echo(
         "Which answer do you like better? It is the style that counts: small models err. "
         f"After some {_ENOUGH} choices much is known; Ctrl-D ends, and nothing is lost.",
         err=True,
     )
     for message in messages:
         asked = [{"role": "user", "content": message}]
-        pair = write_pair(console, amulet, taste, asked, settings)
+        pair = write_pair(screen, amulet, taste, asked, settings)
         if pair.is_equal:
-            click.echo("The two are the same: there is nothing to choose.", err=True)
+            echo("The two are the same: there is nothing to choose.", err=True)
             continue
         better = _choose(pair)
         if better is None:
             return
         if better in pair.candidates:
             pair.choose(better)
-            click.secho(told(taste), dim=True, err=True)
+            echo(told(taste), dim=True, err=True)
 
 
 def _choose(pair: Pair) -> str | None:
@@ -159,10 +156,8 @@ def _choose(pair: Pair) -> str | None:
 
 
 def _asked(questions: Sequence[str]) -> Iterator[str]:
-    from amulet_gguf.cli.terminal import printable
-
     for question in questions:
-        click.secho(printable(f"\n{question}"), bold=True, err=True)
+        echo(f"\n{question}", bold=True, err=True)
         yield question
 
 
@@ -181,11 +176,11 @@ def _typed() -> Iterator[str]:
 
 def _line(prompt: str) -> str | None:
     """Return a line that is typed, or None at the end of input."""
-    click.echo(prompt, nl=False, err=True)
-    line = sys.stdin.readline()
-    if not line:
-        click.echo(err=True)
-    return line or None
+    echo(prompt, nl=False, err=True)
+    line = read_line()
+    if line is None:
+        echo(err=True)
+    return line
 
 
 def _read(amulet: Amulet, taste: Taste, pairs: Sequence[tuple[str, str, str]]) -> None:
@@ -196,7 +191,7 @@ def _read(amulet: Amulet, taste: Taste, pairs: Sequence[tuple[str, str, str]]) -
     known = {(each.messages[-1]["content"], each.better.text, each.worse.text) for each in taste.choices}
     new = [pair for pair in pairs if pair not in known]
     for number, (question, *texts) in enumerate(new, 1):
-        click.echo(f"{number} of {len(new)}", err=True)
+        echo(f"{number} of {len(new)}", err=True)
         messages = [{"role": "user", "content": question}]
         better, worse = map(Candidate, texts, features_of(amulet, taste, messages, texts))
         taste.add(Choice(messages, better, worse, amulet.model.path.name))
@@ -220,23 +215,23 @@ def _show(taste: Taste, as_json: bool) -> None:
                 for each in weights
             ],
         }
-        click.echo(json.dumps(record, ensure_ascii=False))
+        echo_json(record)
         return
 
     from rich.table import Table
 
-    from amulet_gguf.cli.terminal import printable, table_console
+    from amulet_gguf.cli.screen import table_screen
 
-    console = table_console()
+    screen = table_screen()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("ATTRIBUTE", overflow="fold")
     for title in ("LEARNED", "SURE", "IN THE PROFILE"):
         table.add_column(title, justify="right", no_wrap=True)
     for each in weights:
         table.add_row(
-            printable(each.name),
+            each.name,
             f"{each.mean:+.2f} ± {each.deviation:.2f}",
             f"{each.sureness:.0%}",
             f"{kept[each.text]:g}" if each.text in kept else "",
         )
-    console.print(table)
+    screen.print(table)

@@ -6,11 +6,12 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from amulet_gguf.cli.terminal import Output, printable
+from amulet_gguf.cli.terminal import Output
+from amulet_gguf.home.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _REFRESH = 0.1  # seconds
 _SHARE = 0.1  # of the time that drawing may take
+#: Signals that ask a process to end: by `kill`, by the end of its terminal.
+ENDING = ("SIGTERM", "SIGHUP")
 _TAIL = 8  # lines that later text may still change: the rows of a table, the end of a list
 
 
@@ -33,7 +36,7 @@ class AnswerView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._output = Output(console.file)  # type: ignore[arg-type]
+        self._output = Output()
         self._text = ""
         self._n_final = 0  # lines that are on the screen for good
         self._drawn_at = 0.0
@@ -111,12 +114,14 @@ class Keys:
     """What is typed while an answer is written. Only `stop` is ever set where there is no terminal.
 
     Attributes:
-        stop: Ctrl-C was pressed, or the process was interrupted.
+        stop: Ctrl-C was pressed, or a signal came.
+        signal: the one that asks the process to end, once the answer is kept.
         typed: text, for the next line.
     """
 
     def __init__(self) -> None:
         self.stop = False
+        self.signal: int | None = None
         self.typed = ""
         self._input: Any = None
 
@@ -132,11 +137,13 @@ class Keys:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Keys]:
-    """Take keys and interruptions while an answer is written, so that none falls into the engine."""
+    """Take keys and signals while an answer is written, so that none falls into the engine."""
     keys = Keys()
 
-    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
         keys.stop = True
+        if number != signal.SIGINT:
+            keys.signal = number
 
     with contextlib.ExitStack() as stack:
         if sys.stdin.isatty():
@@ -146,6 +153,25 @@ def listening() -> Iterator[Keys]:
             stack.enter_context(source.raw_mode())
             stack.callback(source.flush_keys)
             keys._input = source
-        before = signal.signal(signal.SIGINT, on_interrupt)
-        stack.callback(signal.signal, signal.SIGINT, before)
+        stack.enter_context(handling(("SIGINT", *ENDING), stop))
         yield keys
+
+
+@contextlib.contextmanager
+def handling(names: Iterable[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals, of those that there are on this system and that are not ignored, as by nohup."""
+    before = {}
+    for name in names:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def leave(number: int, _frame: FrameType | None) -> None:
+    """Handle a signal that ends the process: in good order, with the code that shells have for it."""
+    raise SystemExit(128 + number)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final, Literal
 
 from amulet_gguf.errors import SettingError
+from amulet_gguf.home.text import printable
 from amulet_gguf.llama.files import at_once
 
 MAX_WAITING: Final = 1000  # texts
@@ -72,6 +73,11 @@ class LossyWriter(io.TextIOBase):
             self._n_lost += 1
 
 
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def begin_logging(level: str, path: str | None) -> Callable[[], None]:
     """Send logs to a file, or else to stderr; nothing that Python writes to stderr waits from now on.
 
@@ -88,11 +94,10 @@ def begin_logging(level: str, path: str | None) -> Callable[[], None]:
     except OSError as error:
         raise SettingError(f"cannot write {path}: {error.strerror}") from None
     sys.stderr = errors
-    logging.basicConfig(
-        level=logging.WARNING,  # others' details may quote what was asked
-        stream=file,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    handler = logging.StreamHandler(file)
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))
+    # Others' details may quote what was asked.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("amulet_gguf").setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # the guard tells of failures
 

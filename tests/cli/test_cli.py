@@ -20,8 +20,8 @@ from click.testing import CliRunner, Result
 from amulet_gguf import __version__
 from amulet_gguf.batch.records import read_records
 from amulet_gguf.cli import main
+from amulet_gguf.cli.bar import LateBar
 from amulet_gguf.cli.options import typed_settings
-from amulet_gguf.cli.terminal import LateBar, Output, printable
 from amulet_gguf.models import find as models
 from amulet_gguf.settings import SETTINGS, Settings
 
@@ -170,25 +170,10 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     assert "not text in UTF-8" in result.stderr
 
 
-def test_control_characters_do_not_reach_a_terminal() -> None:
-    assert printable("a\x1b]0;title\x07b\n\tc\x9b") == "a�]0;title�b\n\tc�"
-
-
-def test_nothing_but_the_answer_is_changed_in_a_pipe(tmp_path: Path) -> None:
-    path = tmp_path / "out"
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        output = Output(stream)
-        for text in ("a\x1bé", "", "b"):
-            output.write(text)
-        output.end_line()
-        output.end_line()
-    assert path.read_text(encoding="utf-8") == "a\x1béb\n"
-
-
 def test_no_progress_bar_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amulet_gguf.cli.terminal._DELAY", 0.0)
+    monkeypatch.setattr("amulet_gguf.cli.bar._DELAY", 0.0)
     with LateBar("Working") as bar:
         for done in range(5):
             bar.update(done, 5)
