@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -10,9 +11,10 @@ import platformdirs
 from amulet_gguf.errors import ConfigError
 
 
-def _folder(platform_folder: str) -> Path:
-    try:  # without a home, the platform's folders are called "~/…" still
-        return Path(os.environ.get("AMULET_HOME") or platform_folder).expanduser()
+def _folder(platform_folder: Callable[..., str]) -> Path:
+    home = os.environ.get("AMULET_HOME")
+    try:  # older versions of platformdirs leave the "~" there where there is no home
+        return Path(home or platform_folder("amulet", appauthor=False)).expanduser()
     except RuntimeError:
         raise ConfigError(
             "there is no home folder: set AMULET_HOME to a folder for models and conversations"
@@ -21,12 +23,12 @@ def _folder(platform_folder: str) -> Path:
 
 def config_file() -> Path:
     """The configuration: the default model and profiles."""
-    return _folder(platformdirs.user_config_dir("amulet", appauthor=False)) / "config.toml"
+    return _folder(platformdirs.user_config_dir) / "config.toml"
 
 
 def data_folder() -> Path:
     """What was made or fetched and should be kept."""
-    return _folder(platformdirs.user_data_dir("amulet", appauthor=False))
+    return _folder(platformdirs.user_data_dir)
 
 
 def models_folder() -> Path:
@@ -46,7 +48,7 @@ def tastes_folder() -> Path:
 
 def cache_folder() -> Path:
     """What can be made again."""
-    return _folder(platformdirs.user_cache_dir("amulet", appauthor=False))
+    return _folder(platformdirs.user_cache_dir)
 
 
 def history_file() -> Path:

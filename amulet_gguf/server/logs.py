@@ -87,12 +87,13 @@ def begin_logging(level: str, path: str | None) -> Callable[[], None]:
     Raises:
         SettingError: the file cannot be written.
     """
-    # Without a stderr, its number may be another file's by now.
-    errors = LossyWriter(_unbuffered(os.devnull if sys.stderr is None else os.dup(2), "wb"))
     try:
-        file = errors if path is None else LossyWriter(_unbuffered(path, "ab"))
+        raw = None if path is None else _unbuffered(path, "ab")
     except OSError as error:
         raise SettingError(f"cannot write {path}: {error.strerror}") from None
+    # Without a stderr, its number may be another file's by now.
+    errors = LossyWriter(_unbuffered(os.devnull if sys.stderr is None else os.dup(2), "wb"))
+    file = errors if raw is None else LossyWriter(raw)
     sys.stderr = errors
     handler = logging.StreamHandler(file)
     handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(message)s"))

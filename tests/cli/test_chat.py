@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from fixture_types import Tiny
 from terminals import CHAT, Terminal
 
 from amulet_gguf.cli import main
@@ -361,3 +363,84 @@ def test_a_pair_can_be_stopped_at_a_terminal_and_the_chat_goes_on(start: Start) 
     terminal.press("\x04")
     assert terminal.end() == 0
     assert sessions.names() == []
+
+
+@pytest.fixture
+def small(tiny: Tiny) -> tuple[str, ...]:
+    """Arguments of a chat with a tiny model, which rambles on, and a context that is soon full."""
+    return ("-m", str(tiny("llama")), "--trust-model", "-c", "256", "--logit-bias", "<|im_end|>:-100")
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04", "n\r"])
+def test_a_question_that_is_left_is_answered_with_no(
+    start: Start, small: tuple[str, ...], key: str
+) -> None:
+    terminal = start(*small, "-n", "100")
+    terminal.ready()
+    terminal.say("one " * 20)
+    terminal.until("stopped at 100 tokens")
+    terminal.ready()
+    terminal.say("two " * 20)
+    terminal.until(r"Forget the oldest 1 of 1 turns\? \[y/N\]")
+    terminal.press(key)
+    terminal.until("nothing was forgotten")
+    terminal.until(r"> (two ){5}[^>]*\Z")  # it comes back, to be sent again
+    terminal.press("\x03")
+    terminal.say("/show")
+    terminal.until("1 turns")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_was_answered_is_kept_when_the_process_is_ended(
+    start: Start, small: tuple[str, ...], number: int
+) -> None:
+    terminal = start(*small, "-c", "4096", "-n", "4000", "-p", "concise")
+    terminal.ready()
+    terminal.say("Talk.")
+    terminal.until("Ctrl-C stops")
+    terminal.signal(number)
+    assert terminal.end() == 128 + number
+    (name,) = sessions.names()
+    assert sessions.load(name).messages[1]["content"]
+
+
+def test_what_was_answered_is_kept_when_the_terminal_goes(start: Start, small: tuple[str, ...]) -> None:
+    terminal = start(*small, "-c", "4096", "-n", "4000", "-p", "concise")
+    terminal.ready()
+    terminal.say("Talk.")
+    terminal.until("Ctrl-C stops")
+    terminal.close()
+    (name,) = sessions.names()
+    assert sessions.load(name).messages[1]["content"]
+
+
+def test_a_history_that_cannot_be_kept_costs_nothing_else(
+    start: Start, small: tuple[str, ...], home: Path
+) -> None:
+    (home / "history").symlink_to("/dev/full")
+    terminal = start(*small, "-n", "5")
+    terminal.ready()
+    for _ in range(2):
+        terminal.say("Hi")
+        terminal.until("stopped at 5 tokens")
+        terminal.ready()
+    terminal.say("/show")
+    terminal.until("2 turns")
+
+
+def test_names_numbers_and_bytes_that_cannot_be_are_told_and_the_chat_goes_on(
+    small: tuple[str, ...],
+) -> None:
+    lines = ["Hi", f"/save {'x' * 5000}", f"/save {'é' * 100}", f"/save {'汉' * 100}"]
+    lines += [f"/drop {'9' * 5000}", f"/set seed {'9' * 5000}", f"/load {'x' * 5000}", "/save good"]
+    data = "\n".join(lines).encode() + b"\ncaf\xe9\n/show\n"
+    command = [*CHAT, *small, "-n", "3"]
+    result = subprocess.run(command, input=data, capture_output=True)
+    told = result.stderr.decode()
+    assert result.returncode == 1
+    assert "Traceback" not in told
+    assert told.count("Error: ") == 6
+    assert max(map(len, told.splitlines())) < 600
+    assert "a line of stdin is not text in UTF-8" in told
+    assert "1 turns" in told
+    assert {"good", "é" * 100} <= set(sessions.names())

@@ -87,6 +87,17 @@ class Terminal:
     def press(self, keys: str) -> None:
         self._child.send(keys)
 
+    def signal(self, number: int) -> None:
+        self._child.kill(number)
+
+    def close(self) -> None:
+        """Take the terminal away, and wait for the process."""
+        self._child.ptyproc.fileobj.close()  # type: ignore[attr-defined]
+        deadline = time.monotonic() + 20
+        while self._child.isalive():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     def end(self) -> int:
         deadline = time.monotonic() + 20
         while self._child.isalive():
