@@ -118,6 +118,8 @@ def _configuration() -> Check:
     from amulet_gguf.home.config import load_config
 
     config = load_config()
+    if config.damaged:
+        return Check("configuration", "warning", next(iter(config.damaged.values())), "do as it says")
     value = f"{config.path}, {len(config.profiles)} profiles"
     return Check("configuration", "ok", value if config.path.exists() else f"{config.path} (none yet)")
 

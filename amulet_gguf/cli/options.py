@@ -66,7 +66,7 @@ def _completes(
 def _profile_names() -> Iterable[str]:
     from amulet_gguf.home.config import load_config
 
-    return load_config().profiles
+    return load_config().names
 
 
 def _model_names() -> Iterable[str]:

@@ -15,6 +15,7 @@ from amulet_gguf.cli.options import (
 )
 from amulet_gguf.cli.terminal import echo, echo_json
 from amulet_gguf.errors import ConfigError
+from amulet_gguf.home.text import on_one_line
 from amulet_gguf.llama.loading import LOADING
 
 
@@ -34,9 +35,9 @@ def list_profiles(as_json: bool) -> None:
 
     found = config.load_config()
     if as_json:
-        echo_json({"default": found.profile, "profiles": found.profiles})
+        echo_json({"default": found.profile, "profiles": found.profiles, "damaged": found.damaged})
         return
-    if not found.profiles:
+    if not found.names:
         echo("there is no profile yet: amulet profiles add NAME --prefer concise", err=True)
         return
 
@@ -49,14 +50,17 @@ def list_profiles(as_json: bool) -> None:
     for title in ("NAME", "MODEL", "STRENGTH"):
         table.add_column(title, no_wrap=True)
     table.add_column("PREFERENCES", overflow="fold")
+    star = {found.profile: " *"}
     for name, values in found.profiles.items():
         prefer = values.get("prefer", "")
         table.add_row(
-            name + (" *" if name == found.profile else ""),
+            name + star.get(name, ""),
             str(values.get("model", "")),
             str(values.get("strength", "")),
             prefer if isinstance(prefer, str) else ", ".join(map(str, prefer)),
         )
+    for name, error in found.damaged.items():
+        table.add_row(name + star.get(name, ""), "", "", on_one_line(error))
     screen.print(table)
 
 
@@ -93,7 +97,7 @@ def add(name: str, replace: bool, is_default: bool, **options: Any) -> None:
     others = {key: options[key] for key in (*LOADING, "preset") if options[key] is not None}
     values = {**typed_settings(options), **others}
     values = {key: list(each) if isinstance(each, tuple) else each for key, each in values.items()}
-    if name in config.load_config().profiles and not replace:
+    if name in config.load_config().names and not replace:
         raise ConfigError(f"there is a profile {name!r} already: --replace replaces it")
     if not values:
         raise click.UsageError("name something to keep: --prefer, --strength, --model, …")

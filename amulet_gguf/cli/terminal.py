@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, Final, Literal, NoReturn, TextIO, cast
+from typing import Any, BinaryIO, Final, Literal, NoReturn, TextIO, cast
 
 import click
 
@@ -39,6 +39,13 @@ class _Stream(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
+
+    @property
+    def buffer(self) -> BinaryIO:
+        """For bytes, as click writes them to a shell that completes; no terminal gets any."""
+        if self._cleans:
+            raise AttributeError("buffer")
+        return self._stream.buffer
 
     def fileno(self) -> int:
         return self._stream.fileno()

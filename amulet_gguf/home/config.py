@@ -50,19 +50,28 @@ class Config:
         model: name of the default model, or None.
         profile: name of the default profile, or None.
         profiles: values by key, by the profile's name.
+        damaged: what is wrong, by the name of a profile that has a mistake.
     """
 
     path: Path
     model: str | None = None
     profile: str | None = None
     profiles: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    damaged: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all profiles, damaged ones too."""
+        return [*self.profiles, *self.damaged]
 
     def values(self, name: str) -> Mapping[str, Any]:
         """Return the values of a profile.
 
         Raises:
-            ConfigError: there is no such profile.
+            ConfigError: there is no such profile, or it has a mistake.
         """
+        if name in self.damaged:
+            raise ConfigError(self.damaged[name])
         if name not in self.profiles:
             near = difflib.get_close_matches(name, self.profiles, n=1)
             known = f"did you mean {near[0]!r}?" if near else "see amulet profiles ls"
@@ -84,7 +93,7 @@ def load_config() -> Config:
     """Read the configuration; a missing file is an empty one.
 
     Raises:
-        ConfigError: it cannot be read or has a mistake.
+        ConfigError: it cannot be read, or has a mistake elsewhere than in a profile.
     """
     path = config_file()
     return parse(read(path), path)
@@ -94,7 +103,7 @@ def parse(text: str, path: Path) -> Config:
     """Read a configuration from its text; `path` is for messages.
 
     Raises:
-        ConfigError: it has a mistake.
+        ConfigError: it has a mistake elsewhere than in a profile.
     """
     if not text.strip():
         return Config(path)  # without the time that importing a parser takes
@@ -110,8 +119,8 @@ def parse(text: str, path: Path) -> Config:
         if not isinstance(value, kind):
             expected = "tables [profiles.NAME]" if kind is dict else "a text"
             raise fail("", key, f"{key} must be {expected}, got {shown(value)}")
-    profiles = document.get("profiles", {})
-    for name, values in profiles.items():
+
+    def check_profile(name: str, values: Any) -> None:
         table = f"profiles.{name}"
         if not _NAME.fullmatch(name):
             raise fail(table, "", f"{name!r} is not a name for a profile: letters, digits, - and _")
@@ -131,10 +140,18 @@ def parse(text: str, path: Path) -> Config:
             Settings(**{key: values[key] for key in values if key in SETTINGS})
         except SettingError as error:
             raise fail(table, "", f"[{table}]: {error}") from None
+
+    profiles, damaged = document.get("profiles", {}), {}
+    for name, values in profiles.items():
+        try:
+            check_profile(name, values)
+        except ConfigError as error:  # noqa: PERF203
+            damaged[name] = str(error)
     default = document.get("profile")
     if default is not None and default not in profiles:
         raise fail("", "profile", f"the default profile {default!r} is not among the profiles")
-    return Config(path, document.get("model"), default, profiles)
+    good = {name: values for name, values in profiles.items() if name not in damaged}
+    return Config(path, document.get("model"), default, good, damaged)
 
 
 def check(key: str, value: Any) -> None:
@@ -209,7 +226,9 @@ def remove_profile(name: str) -> None:
     """
     import tomlkit
 
-    load_config().values(name)
+    found = load_config()
+    if name not in found.damaged:
+        found.values(name)
 
     def change(text: str) -> str:
         document: Any = tomlkit.parse(text)
@@ -228,7 +247,7 @@ def write(text: str) -> None:
         ConfigError: it has a mistake, or cannot be written; the file is then as before.
     """
     path = config_file()
-    parse(text, path)
+    _check_edit(parse(text, path), Config(path))
     with _locked(path):
         write_atomically(path, text)
 
@@ -323,10 +342,17 @@ def _edit(change: Callable[[str], str]) -> None:
     path = config_file()
     with _locked(path):
         text = read(path)
-        parse(text, path)  # an edit must not touch a file that has a mistake already
+        before = parse(text, path)  # an edit must not touch a file that has a mistake already
         text = change(text)
-        parse(text, path)
+        _check_edit(parse(text, path), before)
         write_atomically(path, text)
+
+
+def _check_edit(after: Config, before: Config) -> None:
+    """Raise ConfigError where a profile has become damaged."""
+    for name in after.damaged:
+        if name not in before.damaged:
+            after.values(name)
 
 
 @contextlib.contextmanager

@@ -183,7 +183,7 @@ class Taste:
             self._make_profile(path)
 
     def _make_profile(self, path: Path) -> None:
-        is_there = self.name in config.load_config().profiles
+        is_there = self.name in config.load_config().names
         if is_there and not self.has_profile:
             raise TasteError(_NOT_LEARNED.format(self.name))
         prefer = [_written(preference) for preference in self.preferences()]
@@ -206,7 +206,7 @@ def open_taste(name: str, own: Iterable[Preference] = ()) -> Taste:
     """
     path = _path(name)
     taste = _load(path, name)
-    if name in config.load_config().profiles and not taste.has_profile:
+    if name in config.load_config().names and not taste.has_profile:
         raise TasteError(_NOT_LEARNED.format(name))
     taste.attributes = _merged(taste.attributes, [preference.text for preference in own])
     return taste
@@ -241,7 +241,7 @@ def forget(name: str) -> None:
         has_profile = True  # of a damaged one nobody knows
         with contextlib.suppress(TasteError):
             has_profile = _load(path, name).has_profile
-        if has_profile and name in config.load_config().profiles:
+        if has_profile and name in config.load_config().names:
             config.remove_profile(name)
         path.unlink()
 
@@ -312,7 +312,7 @@ def _load(path: Path, name: str) -> Taste:
     except FileNotFoundError:
         return Taste(name)
     except OSError as error:
-        raise TasteError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise TasteError(f"{path} cannot be read: {error.strerror or error}") from error
     except (
         ValueError,
         LookupError,

@@ -81,15 +81,16 @@ def test_a_file_is_read(file: Path) -> None:
 )
 def test_a_mistake_names_file_line_and_key(file: Path, text: str, line: int, complaint: str) -> None:
     file.write_text(text)
+    name = "a b" if "a b" in text else "a"
     with pytest.raises(ConfigError) as caught:
-        config.load_config()
+        config.load_config().values(name)
     message = str(caught.value)
     assert str(file) in message
     assert complaint in message
     assert "\n" not in message
     if line:
         assert f", line {line}: " in message
-    result = run("generate", "hi")
+    result = run("generate", "hi", "--profile", name)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"Error: {message}\n"
     assert run("--help").exit_code == 0
@@ -140,6 +141,25 @@ def test_an_edit_that_would_be_a_mistake_changes_nothing(file: Path) -> None:
         with pytest.raises(ConfigError):
             call()
         assert file.read_text() == GOOD
+
+
+def test_a_damaged_profile_is_one_row_and_the_others_work(file: Path) -> None:
+    damaged = GOOD + "\n[profiles.bad]\nstrength = 'x'\n"
+    file.write_text(damaged)
+    assert settings_of().strength == 4.0
+    *others, row = run("profiles", "ls").stdout.splitlines()
+    assert len(others) == 3
+    assert row.split()[0] == "bad"
+    assert "line 13: strength in [profiles.bad]: strength must be a number" in row
+    listed = json.loads(run("profiles", "ls", "--json").stdout)
+    assert (list(listed["profiles"]), list(listed["damaged"])) == (["work", "kid"], ["bad"])
+    config.set_profile("new", {"seed": 1})
+    assert "strength = 'x'" in file.read_text()
+    assert "already" in run("profiles", "add", "bad", "-p", "concise").stderr
+    with pytest.raises(ConfigError, match=r"profiles\.bad"):
+        config.write(damaged)
+    assert run("profiles", "rm", "bad").exit_code == 0
+    assert not config.load_config().damaged
 
 
 def test_edits_of_two_processes_are_both_kept(file: Path) -> None:
