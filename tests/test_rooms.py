@@ -15,9 +15,9 @@ PACKAGE = Path(amulet_gguf.__file__).parent
 
 #: Ground floor first. Modules directly in the package stand where they are named.
 FLOORS = [
-    "errors", "preferences", "declaration", "settings", "methods", "method", "llama", "engine",
-    "prompts", "stream", "home", "models", "amulet", "taste", "conversation", "service", "batch",
-    "llm_plugin", "checks", "evaluation", "server", "cli", "__main__",
+    "errors", "preferences", "declaration", "settings", "methods", "method", "frozen", "llama",
+    "engine", "prompts", "stream", "home", "models", "amulet", "taste", "conversation", "service",
+    "batch", "llm_plugin", "checks", "evaluation", "server", "cli", "__main__",
 ]  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Final
 
 from amulet_gguf.errors import AmuletError, ModelError, ModelFormatError
+from amulet_gguf.frozen.child import can_start_children, frozen_command
 from amulet_gguf.home.paths import cache_folder
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.gguf import parts, read_header, shown
 from amulet_gguf.llama.memory import MIN_N_CTX
 from amulet_gguf.llama.model import Model, can_offload
-from amulet_gguf.prompts.sandbox import can_start_python
 
 #: Digests of files that need no trial: the bundled model's.
 _TRUSTED: Final = frozenset({"1b266ebd5266a11da6f927a5909f40d01970837a0db8d1d54bd90d68a0e7c75a"})
@@ -37,7 +37,7 @@ _MAX_KEPT: Final = 16_384  # bytes of what the process writes
 _MAX_SAID: Final = 160  # characters that are quoted of what llama.cpp said
 _START: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
-    "from amulet_gguf.models import trial; trial.main(sys.argv[1], json.loads(sys.argv[2]))"
+    "from amulet_gguf.models import trial; trial.main()"
 )
 #: What the process writes when llama.cpp came back, whether it liked the file or not.
 _WORKS: Final = b"works\n"
@@ -69,12 +69,14 @@ def try_out(path: Path, n_gpu_layers: int | None = None) -> None:
     Raises:
         ModelFormatError: it ends the process that loads it, or comes to no end.
     """
-    if not can_start_python():
+    if not can_start_children():
         return
     n_bytes = sum(part.stat().st_size for part in parts(path))
     seconds = _SECONDS + n_bytes / _BYTES_PER_SECOND
+    arguments = [str(path), json.dumps(n_gpu_layers)]
+    command = frozen_command("trial", *arguments)
     process = subprocess.Popen(
-        [sys.executable, "-I", "-c", _START, path, json.dumps(n_gpu_layers), json.dumps(sys.path)],
+        command or [sys.executable, "-I", "-c", _START, *arguments, json.dumps(sys.path)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -107,16 +109,17 @@ def trust(path: Path) -> None:
         mark.touch()
 
 
-def main(path: str, n_gpu_layers: int | None) -> None:
+def main() -> None:
     """Load a model and use it as an answer does; the process may end on the way."""
+    path, n_gpu_layers = sys.argv[1:3]
     _set_limits(path)
     try:
-        with Model(path, n_gpu_layers=n_gpu_layers) as model:
+        with Model(path, n_gpu_layers=json.loads(n_gpu_layers)) as model:
             _use(model)
         verdict = _WORKS
     except AmuletError:
         verdict = _REFUSED
-    sys.stdout.buffer.write(b"\n" + verdict)
+    os.write(1, b"\n" + verdict)  # a program without a console has no sys.stdout
 
 
 def _use(model: Model) -> None:
@@ -203,3 +206,7 @@ def _mark(digest: str) -> Path:
     import llama_cpp
 
     return cache_folder() / "tried" / f"{llama_cpp.__version__}-{digest}"
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -137,7 +136,7 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     replies.write(b"ready\n")
     replies.flush()
-    for line in sys.stdin.buffer:
+    for line in os.fdopen(0, "rb"):  # a program without a console has no sys.stdin
         _end_after(_ORPHANED)
         try:
             request = json.loads(line)

@@ -1,8 +1,8 @@
 """Chat templates that are not trusted are rendered in a process of their own.
 
 No list of what a template can do is complete, and nothing stops an operation of Python's half-way: a
-process can be ended, and what it took is given back. One is enough for all templates. Where no Python
-can be started (an application frozen into one file), templates are rendered here, without bounds.
+process can be ended, and what it took is given back. One is enough for all templates. Where none can be
+started (see `amulet_gguf.frozen.child`), templates are rendered here, without bounds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from amulet_gguf.errors import PromptError, TemplateLimitError
+from amulet_gguf.frozen.child import can_start_children, frozen_command
 
 #: Characters of a template; real ones have a tenth of it.
 MAX_TEMPLATE: Final = 262_144
@@ -59,7 +60,7 @@ class Renderer:
             raise PromptError(f"the chat template is too long: {len(source)} characters")
         self._source = source
         digest = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-        self._is_guarded = digest not in _TRUSTED and can_start_python()
+        self._is_guarded = digest not in _TRUSTED and can_start_children()
         self._render(None)
 
     def render(
@@ -170,23 +171,21 @@ def _within(seconds: float, process: subprocess.Popen[bytes], request: bytes) ->
 
 
 def _start() -> subprocess.Popen[bytes]:
-    """Start the process with the standard library and Jinja at hand, nothing else: it takes 50 ms."""
-    origins = [getattr(find_spec(name), "origin", "") for name in ("jinja2", "markupsafe")]
-    packages = [str(Path(origin).parents[1]) for origin in origins]
-    program = str(Path(__file__).with_name("rendering.py"))
+    """Start the process; Python has the standard library and Jinja, nothing else: it takes 50 ms."""
+    command = frozen_command("rendering")
+    if command is None:
+        origins = [getattr(find_spec(name), "origin", "") for name in ("jinja2", "markupsafe")]
+        packages = [str(Path(origin).parents[1]) for origin in origins]
+        program = str(Path(__file__).with_name("rendering.py"))
+        command = [sys.executable, "-I", "-S", "-c", _START, program, *packages]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _START, program, *packages],
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C and Ctrl-Z at the terminal are not for it
         creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
     )
-
-
-def can_start_python() -> bool:
-    """Tell whether this program is Python, not an application that holds one."""
-    return "py" in Path(sys.executable or "").stem.lower()
 
 
 def _forget() -> None:

@@ -1,0 +1,10 @@
+"""Programs frozen into an application: what they take along, and the processes they start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def hook_folders() -> list[str]:
+    """Return where PyInstaller finds the hooks; it asks by the entry point `pyinstaller40`."""
+    return [str(Path(__file__).with_name("hooks"))]
