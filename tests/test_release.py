@@ -15,7 +15,7 @@ from amulet_gguf import __version__
 
 ROOT = Path(__file__).parent.parent
 #: What lies in the package beside Python: guides and their pictures, the page, templates of pages.
-SUFFIXES = {".py", ".typed", ".md", ".svg", ".html", ".css", ".js", ".jinja", ".txt"}
+SUFFIXES = {".py", ".typed", ".md", ".svg", ".html", ".css", ".js", ".jinja", ".txt", ".dat"}
 
 
 def test_the_version_is_that_of_the_newest_changes_and_of_the_tag() -> None:
