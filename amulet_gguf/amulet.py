@@ -8,16 +8,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from amulet_gguf.declaration import check_callable, whole
 from amulet_gguf.engine.answer import Answer, Piece
 from amulet_gguf.engine.drafter import Drafter, check_vocabulary
 from amulet_gguf.engine.drafts import N_OUTPUTS
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.request import Request
-from amulet_gguf.errors import SettingError
+from amulet_gguf.errors import SettingError, shown
 from amulet_gguf.home.files import read_file
 from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.checks import check
-from amulet_gguf.llama.context import Context
+from amulet_gguf.llama.context import Context, max_sequences
 from amulet_gguf.llama.loading import Loading, LoadOptions
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
@@ -27,7 +28,7 @@ from amulet_gguf.prompts.messages import Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.sandbox import MAX_TEMPLATE
 from amulet_gguf.prompts.tools import Tools
-from amulet_gguf.settings import Options, Settings
+from amulet_gguf.settings import Options, Settings, as_settings
 from amulet_gguf.stream import Job, JobOptions, OnPrefill, Plan, Stream
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _read(path: str | os.PathLike[str]) -> str:
     Raises:
         SettingError: it cannot be read.
     """
-    name = f"the chat template {os.fspath(path)}"
+    name = f"the chat template {shown(os.fspath(path))}"
     try:
         text = decoded(read_file(path, 4 * MAX_TEMPLATE))
     except OSError as error:
@@ -152,6 +153,8 @@ class Amulet:
                 cannot be reached.
         """
         loading = Loading(model=path, **options)
+        n_sequences = whole("n_sequences", n_sequences, 1, max_sequences())
+        check_callable("progress", progress)
         model = load_model(loading, n_sequences=n_sequences, progress=progress)
         try:
             return cls.of(model, loading, n_sequences)
@@ -234,7 +237,7 @@ class Amulet:
         def plan(planner: Planner, settings: Settings) -> Request:
             return planner.request(prompt, messages, settings, draft=draft, tools=tools)
 
-        settings = (settings or Settings()).replace(**options)
+        settings = as_settings(settings).replace(**options)
         return self.start(plan, settings, on_prefill=on_prefill)
 
     def start(self, plan: Plan, settings: Settings, **options: Unpack[JobOptions]) -> Stream:
@@ -263,7 +266,7 @@ class Amulet:
         **options: Unpack[Options],
     ) -> Answer:
         """Answer a prompt; arguments and errors as `stream`."""
-        settings = (settings or Settings()).replace(**options)
+        settings = as_settings(settings).replace(**options)
         with self.stream(
             prompt, messages=messages, settings=settings, draft=draft, tools=tools
         ) as stream:
@@ -287,6 +290,10 @@ class Amulet:
         Raises:
             As `stream`.
         """
+
+        if not isinstance(settings, Mapping):
+            raise SettingError(f"expected settings by name, got {shown(settings)}", "settings")
+        check_callable("on_piece", on_piece)
 
         def planned(each: Settings) -> Request:
             return self.planner.request(prompt, messages, each, reuse=messages is not None)

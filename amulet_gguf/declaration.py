@@ -191,6 +191,26 @@ def declared(kind: Any) -> Mapping[str, Setting]:
     return {each.name: each.metadata["setting"] for each in dataclasses.fields(kind)}
 
 
+def whole(name: str, value: int, low: int, high: int) -> int:
+    """Return an argument that is a whole number.
+
+    Raises:
+        SettingError: it is none, or out of its range.
+    """
+    checked: int = Setting("", "whole", 0, low=low, high=high).checked(name, value)
+    return checked
+
+
+def check_callable(name: str, value: object) -> None:
+    """See whether something can be called, or is None.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    if value is not None and not callable(value):
+        raise SettingError(f"{name} must be a function or None, got {shown(value)}", name)
+
+
 def find(name: str, known: Mapping[str, Setting]) -> Setting:
     """Return a declaration.
 

@@ -89,7 +89,7 @@ class Preference:
         Raises:
             SettingError: the text is empty or near a preset, or the weight is out of range.
         """
-        match = _WEIGHTED.fullmatch(written.strip())
+        match = _WEIGHTED.fullmatch(written.strip()) if isinstance(written, str) else None
         if match:
             try:
                 return cls(match["text"], float(match["weight"]))

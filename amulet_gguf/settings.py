@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypedDict, get_args
 
 from amulet_gguf.declaration import Declared, declared, setting
-from amulet_gguf.errors import SettingError
+from amulet_gguf.errors import SettingError, shown
 from amulet_gguf.preferences import PRESETS, Preference, PreferencesLike, as_preferences
 
 if TYPE_CHECKING:
@@ -348,6 +348,19 @@ class Settings(Declared):
             repeat_penalty=1.0,
             max_tokens=128,
         )
+
+
+def as_settings(settings: Settings | None) -> Settings:
+    """Return settings to start from; None: the defaults.
+
+    Raises:
+        SettingError: it is something else.
+    """
+    if settings is None:
+        return Settings()
+    if not isinstance(settings, Settings):
+        raise SettingError(f"expected amulet_gguf.Settings, got {shown(settings)}", "settings")
+    return settings
 
 
 #: The declarations of `Settings`, by name.

@@ -9,11 +9,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
+from amulet_gguf.declaration import check_callable
 from amulet_gguf.engine.answer import Answer, Piece, Timings, Usage, joined
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.generation import Generation
 from amulet_gguf.engine.request import Request
-from amulet_gguf.errors import AmuletError, SettingError
+from amulet_gguf.errors import AmuletError, SettingError, shown
 from amulet_gguf.preferences import Preference
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.settings import Options, Settings
@@ -61,6 +62,8 @@ class Job:
     """
 
     def __init__(self, settings: Settings, **options: Unpack[JobOptions]) -> None:
+        for name in ("on_prefill", "on_end"):
+            check_callable(name, options.get(name))
         self.settings = settings
         self.adjusted: Options = {}
         self.options = options
@@ -175,6 +178,11 @@ class AnswerStream(Iterator[Piece]):
         with job.lock:
             prefer, changes = job.settings.prefer, Options()
             if weights is not None:
+                try:
+                    weights = tuple(weights)
+                except TypeError:
+                    message = f"weights must be numbers, got {shown(weights)}"
+                    raise SettingError(message, "weights") from None
                 if len(weights) != len(prefer):
                     message = f"expected {len(prefer)} weights, got {len(weights)}"
                     raise SettingError(message, "weights")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.answer import Piece, joined
 from amulet_gguf.engine.request import Request
-from amulet_gguf.errors import PromptError
+from amulet_gguf.errors import PromptError, shown
 from amulet_gguf.prompts.messages import THOUGHT, Message
 from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.template import Encoded
-from amulet_gguf.settings import Options, Settings
+from amulet_gguf.settings import Options, Settings, as_settings
 from amulet_gguf.stream import AnswerStream, JobOptions, OnPrefill, Plan
 
 if TYPE_CHECKING:
@@ -57,9 +57,12 @@ class Conversation(Generic[AnyStream]):
         messages: Iterable[Message] = (),
     ) -> None:
         self._host = host
-        self.settings = settings or Settings()
+        self.settings = as_settings(settings)
         self._today: str | None = None  # that a template was told, if nobody named a date
-        self.messages: list[dict[str, str]] = [dict(message) for message in messages]
+        try:
+            self.messages: list[dict[str, str]] = [dict(message) for message in messages]
+        except (TypeError, ValueError):
+            raise PromptError(f"expected a list of messages, got {shown(messages)}") from None
         self.pieces: list[Piece] = []
 
     @property

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import sys
+from numbers import Real
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from amulet_gguf.errors import NonFiniteLogitsError, SettingError
+from amulet_gguf.errors import NonFiniteLogitsError, SettingError, shown
 from amulet_gguf.method._kernel import kernel
 from amulet_gguf.method.arrays import BLOCK, Float32Array, Float64Array
 
@@ -42,11 +43,12 @@ def strength(alpha: float = 2.0, lam: float = 2.0, eta: float = 10.0, iterations
     """
     for name, value, positive in (("alpha", alpha, False), ("lam", lam, True), ("eta", eta, True)):
         # Compared, not converted: a whole number may be too large for a float.
-        if not 0 <= value <= sys.float_info.max or (positive and value == 0):
+        is_number = isinstance(value, Real) and 0 <= value <= sys.float_info.max
+        if not is_number or (positive and value == 0):
             bound = "> 0" if positive else ">= 0"
-            raise SettingError(f"{name} must be a finite number {bound}, got {value}")
-    if not 0 <= iterations <= 100_000:
-        raise SettingError(f"iterations must be from 0 to 100000, got {iterations}")
+            raise SettingError(f"{name} must be a finite number {bound}, got {shown(value)}")
+    if not isinstance(iterations, int) or not 0 <= iterations <= 100_000:
+        raise SettingError(f"iterations must be from 0 to 100000, got {shown(iterations)}")
     g = 0.0
     total = 0.0  # sum of 1 + g_i
     for t in range(1, iterations + 1):
@@ -105,8 +107,8 @@ def combine(
     if not logits.flags.c_contiguous:
         raise SettingError("logits: expected a C-contiguous array")
     weights = _affine("coefficients", coefficients, n_rows)
-    if not 0.0 <= plausibility <= 1.0:
-        raise SettingError(f"plausibility must be from 0 to 1, got {plausibility}")
+    if not isinstance(plausibility, Real) or not 0.0 <= plausibility <= 1.0:
+        raise SettingError(f"plausibility must be from 0 to 1, got {shown(plausibility)}")
     if reference is None:
         if n_rows > 2 and plausibility > 0:
             raise SettingError(f"reference is needed to mask a combination of {n_rows} rows")
@@ -166,8 +168,8 @@ def _affine(name: str, values: npt.ArrayLike, n_rows: int) -> Float64Array:
     """Return `values` as (n_rows,) float64 after checking that they sum to 1."""
     try:
         array = np.ascontiguousarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise SettingError(f"{name}: expected {n_rows} numbers, got {values!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise SettingError(f"{name}: expected {n_rows} numbers, got {shown(values)}") from None
     if array.shape != (n_rows,):
         raise SettingError(f"{name}: expected shape ({n_rows},), got {array.shape}")
     if not np.isfinite(array).all():

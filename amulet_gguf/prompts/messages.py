@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from amulet_gguf.errors import PromptError, SettingError, shown
@@ -47,6 +47,8 @@ def conversation(
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt must be a text, got {type(prompt).__name__}")
         messages = [{"role": "user", "content": prompt}]
+    if not isinstance(messages, Iterable):
+        raise PromptError(f"expected a list of messages, got {shown(messages)}")
     checked = [_checked(message) for message in messages]
     if checked and checked[-1] == {"role": "assistant", "content": ""}:
         checked.pop()  # nothing was begun

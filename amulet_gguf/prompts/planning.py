@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+from amulet_gguf.declaration import whole
 from amulet_gguf.engine.drafts import Drafts, Source
 from amulet_gguf.engine.request import CallRule, Request, ThoughtRule
-from amulet_gguf.errors import SettingError
+from amulet_gguf.errors import SettingError, shown
 from amulet_gguf.llama.model import Model
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.echo import echo_tokens
@@ -31,7 +32,7 @@ from amulet_gguf.prompts.template import ChatTemplate
 from amulet_gguf.prompts.thoughts import Thinking, Thoughts, follows, switches
 from amulet_gguf.prompts.tools import Tools
 from amulet_gguf.prompts.transcripts import Transcripts
-from amulet_gguf.settings import Placement, Settings
+from amulet_gguf.settings import Placement, Settings, as_settings
 
 _MIN_AT_HAND = 64  # tokens: a shorter prompt holds nothing to repeat
 
@@ -109,6 +110,9 @@ class Planner:
         settings = self.resolve(settings)
         if tools is not None and not isinstance(tools, Tools):
             raise SettingError(f"tools must be amulet_gguf.Tools, got {type(tools).__name__}", "tools")
+        if draft is not None and not isinstance(draft, str):
+            raise SettingError(f"draft must be a text or None, got {shown(draft)}", "draft")
+        n_alternatives = whole("n_alternatives", n_alternatives, 0, 2**31 - 1)
         calls_plainly = tools is not None and not settings.align_tool_calls
         needed = _realignment(settings, is_adjustable or calls_plainly)
         on_end: Callable[[Sequence[int]], None] | None = None
@@ -220,6 +224,7 @@ class Planner:
 
         What is to be avoided becomes an instruction; with no preference to go to, a negative one.
         """
+        settings = as_settings(settings)
         if settings.avoid is not None:
             away = Preference(settings.avoid, -1.0)
             settings = settings.replace(

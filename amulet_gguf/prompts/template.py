@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 import re
 import threading
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from amulet_gguf.errors import PromptError, TemplateLimitError
+from amulet_gguf.errors import PromptError, TemplateLimitError, shown
 from amulet_gguf.method.arrays import Tokens
 from amulet_gguf.method.vocabulary import Vocabulary
 from amulet_gguf.prompts.messages import THOUGHT, add_to_digest, reshaped, split
@@ -189,16 +190,21 @@ class ChatTemplate:
         Raises:
             PromptError: it is empty, or a token is not of the vocabulary.
         """
-        if not len(text):
-            raise PromptError("the prompt is empty: give a text to go on with")
-        if isinstance(text, str):
+        if isinstance(text, str) and text:
             if preference:
                 text = f"{preference}\n\n{text}"
             return self._with_bos(self._vocabulary.tokenize(text))
-        wrong = next((token for token in text if not 0 <= token < self._vocabulary.n_vocab), None)
+        try:
+            given = list(map(operator.index, text))  # type: ignore[arg-type]
+        except TypeError:
+            raise PromptError(f"expected a text or its tokens, got {shown(text)}") from None
+        if not given:
+            raise PromptError("the prompt is empty: give a text to go on with")
+        n_vocab = self._vocabulary.n_vocab
+        wrong = next((token for token in given if not 0 <= token < n_vocab), None)
         if wrong is not None:
-            raise PromptError(f"there is no token {wrong}: the model has {self._vocabulary.n_vocab}")
-        tokens = np.array(text, np.int32)
+            raise PromptError(f"there is no token {shown(wrong)}: the model has {n_vocab}")
+        tokens = np.array(given, np.int32)
         if not preference:
             return tokens
         n_first = int(tokens[0] == self._vocabulary.bos)  # it stays the first

@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from amulet_gguf.amulet import Amulet
+from amulet_gguf.declaration import check_callable, whole
 from amulet_gguf.engine.request import Request
 from amulet_gguf.errors import AmuletError, QueueFullError
 from amulet_gguf.llama.handle import closed, forget_in_child
@@ -29,7 +30,7 @@ from amulet_gguf.prompts.planning import Planner
 from amulet_gguf.prompts.tools import Tools
 from amulet_gguf.service.look import Look, settle
 from amulet_gguf.service.stream import ServiceJob, ServiceStream
-from amulet_gguf.settings import Options, Settings
+from amulet_gguf.settings import Options, Settings, as_settings
 from amulet_gguf.stream import Action, JobOptions, OnPrefill, Plan
 
 if TYPE_CHECKING:
@@ -66,8 +67,9 @@ class AmuletService:
                 the model is not loaded.
             **options: fields of `amulet_gguf.llama.loading.Loading`.
         """
+        check_callable("on_load", on_load)
         self._on_load = on_load
-        self._max_waiting = max_waiting
+        self._max_waiting = whole("max_waiting", max_waiting, 0, 2**31 - 1)
         self._amulet: Amulet | None = None
         self._failure: BaseException | None = None
         self._lock = threading.RLock()  # of those who ask; its own threads never wait for them
@@ -184,7 +186,7 @@ class AmuletService:
             SettingError, QueueFullError, ClosedError: at once.
             AmuletError: from the iterator, for everything else.
         """
-        settings = (settings or Settings()).replace(**options)
+        settings = as_settings(settings).replace(**options)
 
         def plan(planner: Planner, settings: Settings) -> Request:
             return planner.request(
@@ -246,7 +248,6 @@ class AmuletService:
         future: Future[T] = Future()
         self._works[future] = None
         if self._is_closing:  # asked last, as in `start`
-            self._works.pop(future, None)
             raise self._closed()
         self._commands.put(partial(self._begin_work, make, future))
         return future
