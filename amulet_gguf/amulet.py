@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,11 +15,12 @@ from amulet_gguf.engine.drafter import Drafter, check_vocabulary
 from amulet_gguf.engine.drafts import N_OUTPUTS
 from amulet_gguf.engine.engine import Engine
 from amulet_gguf.engine.request import Request
-from amulet_gguf.errors import SettingError, shown
+from amulet_gguf.errors import NoRoomError, SettingError, shown
 from amulet_gguf.home.files import read_file
 from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.checks import check
 from amulet_gguf.llama.context import Context, max_sequences
+from amulet_gguf.llama.devices import devices, offload
 from amulet_gguf.llama.loading import Loading, LoadOptions
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, check_fits
 from amulet_gguf.llama.model import Model, can_offload
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+logger = logging.getLogger(__name__)
+
+
 def load_model(
     loading: Loading,
     *,
@@ -42,6 +47,8 @@ def load_model(
     progress: Callable[[float], None] | None = None,
 ) -> Model:
     """Load a model after a look at the memory that it will take: the one door for all of them.
+
+    If nobody says how many, as many layers go to the GPU as fit there beside the context.
 
     Args:
         n_sequences: of the context that will be made. None: its size is not known yet, and room for the
@@ -55,17 +62,54 @@ def load_model(
     is_new = not loading.trust_model and not is_known(file)
     if is_new:
         check(file)  # first: what follows believes what the file says
-    if loading.rpc is None and (loading.n_gpu_layers == 0 or not can_offload()):
-        n_ctx = MIN_N_CTX if n_sequences is None else loading.n_ctx
-        check_fits(file, n_ctx, n_sequences or 1, loading.n_batch)
+    if n_sequences is None:
+        loading, n_sequences = dataclasses.replace(loading, n_ctx=MIN_N_CTX), 1
+    n_fit = None
+    if loading.n_gpu_layers is None and loading.rpc is None and can_offload():
+        n_fit = offload(file, loading.n_ctx, n_sequences, devices(), loading.n_batch).n_layers
+    n_layers = loading.n_gpu_layers if n_fit is None else n_fit
+    if loading.rpc is None and (n_layers == 0 or not can_offload()):
+        check_fits(file, loading.n_ctx, n_sequences, loading.n_batch)
     if is_new and loading.rpc is None:
-        try_out(file, loading.n_gpu_layers)
-    return Model(
-        file,
-        n_gpu_layers=loading.n_gpu_layers,
-        rpc=loading.rpc,
-        chat_template=None if loading.chat_template is None else _read(loading.chat_template),
-        progress=progress,
+        try_out(file, n_layers)
+    template = None if loading.chat_template is None else _read(loading.chat_template)
+
+    def load(n_layers: int | None) -> Model:
+        return Model(
+            file, n_gpu_layers=n_layers, rpc=loading.rpc, chat_template=template, progress=progress
+        )
+
+    def load_beside_context(n_layers: int) -> Model:
+        model = load(n_layers)
+        try:
+            _context(model, loading, n_sequences).close()
+        except BaseException:
+            model.close()
+            raise
+        return model
+
+    return load(n_layers) if n_fit is None else _halving(load_beside_context, n_fit)
+
+
+def _halving(load: Callable[[int], Model], n_layers: int) -> Model:
+    """Load a model with layers on the GPU, half as many for as long as llama.cpp finds no room."""
+    try:
+        return load(n_layers)
+    except NoRoomError as error:
+        if n_layers == 0:
+            raise
+        logger.warning("%s; now with %d layers on the GPU", error, n_layers // 2)
+    return _halving(load, n_layers // 2)
+
+
+def _context(model: Model, loading: Loading, n_sequences: int) -> Context:
+    return Context(
+        model,
+        n_ctx=loading.n_ctx or min(DEFAULT_N_CTX, model.n_ctx_train or DEFAULT_N_CTX),
+        n_sequences=n_sequences,
+        n_batch=loading.n_batch,
+        n_threads=loading.n_threads,
+        n_outputs=max(n_sequences, min(loading.n_batch or N_OUTPUTS, N_OUTPUTS)),
     )
 
 
@@ -165,24 +209,13 @@ class Amulet:
     @classmethod
     def of(cls, model: Model, loading: Loading, n_sequences: int) -> Amulet:
         """Run a model that is loaded, and close it in the end; arguments and errors as `load`."""
-        size = loading.n_ctx or min(DEFAULT_N_CTX, model.n_ctx_train or DEFAULT_N_CTX)
-
-        def make_context(n_sequences: int) -> Context:
-            return Context(
-                model,
-                n_ctx=size,
-                n_sequences=n_sequences,
-                n_batch=loading.n_batch,
-                n_threads=loading.n_threads,
-                n_outputs=max(n_sequences, min(loading.n_batch or N_OUTPUTS, N_OUTPUTS)),
-            )
-
-        drafter = None if loading.draft_model is None else _drafter(model, loading, size)
         with contextlib.ExitStack() as failed:
-            if drafter is not None:
-                failed.callback(drafter.close)
-            engine = Engine(model, make_context, n_sequences)
+            engine = Engine(model, lambda n: _context(model, loading, n), n_sequences)
             failed.callback(engine.close)
+            drafter = None
+            if loading.draft_model is not None:  # after the context, so that it takes what room is left
+                drafter = _drafter(model, loading, engine.n_ctx)
+                failed.callback(drafter.close)
             amulet = cls(model, engine, drafter)
             failed.pop_all()
         return amulet

@@ -10,6 +10,7 @@
     │   ├── PromptTooLongError  more tokens than the context holds
     │   └── TemplateLimitError  the chat template took too long or too much memory
     ├── EngineError             the runtime could not go on
+    │   ├── NoRoomError         llama.cpp could not have the memory that it needs
     │   ├── NonFiniteLogitsError
     │   ├── QueueFullError      too many generations wait; those that run are not disturbed
     │   └── ClosedError
@@ -94,6 +95,10 @@ class PromptTooLongError(PromptError):
 
 class EngineError(AmuletError):
     """llama.cpp could not go on with a generation."""
+
+
+class NoRoomError(EngineError):
+    """A model or its context does not fit into the memory of the machine, or of its GPU."""
 
 
 class NonFiniteLogitsError(EngineError):

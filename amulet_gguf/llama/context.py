@@ -6,10 +6,11 @@ import ctypes
 
 import numpy as np
 
-from amulet_gguf.errors import EngineError, SettingError
+from amulet_gguf.errors import EngineError, NoRoomError, SettingError
+from amulet_gguf.llama.devices import N_BATCH
 from amulet_gguf.llama.handle import Handle, Owner
 from amulet_gguf.llama.memory import DEFAULT_N_BATCH, check_context
-from amulet_gguf.llama.model import Model, because, can_offload, lib, recent_errors
+from amulet_gguf.llama.model import Model, because, lib, ran_out, recent_errors
 from amulet_gguf.llama.state import fit_streams
 from amulet_gguf.llama.threads import Threads, default_threads, times
 from amulet_gguf.method.arrays import Float32Array, Tokens
@@ -70,11 +71,12 @@ class Context(Owner):
 
         Raises:
             SettingError: an argument out of range.
-            EngineError: the memory could not be had.
+            NoRoomError: llama.cpp could not have the memory.
+            EngineError: it would not fit, or llama.cpp failed.
         """
-        is_offloaded = model.n_gpu_layers != 0 and can_offload()
+        is_offloaded = model.share_on_gpu > 0
         if n_batch is None:
-            n_batch = max(n_sequences, 512 if is_offloaded else DEFAULT_N_BATCH)
+            n_batch = max(n_sequences, N_BATCH if is_offloaded else DEFAULT_N_BATCH)
         if n_ctx < 1:
             raise SettingError(f"n_ctx must be at least 1, got {n_ctx}")
         if not 1 <= n_sequences <= max_sequences():
@@ -113,7 +115,8 @@ class Context(Owner):
         weights = model.handle
         pointer = lib.llama_init_from_model(weights, parameters)
         if not pointer:
-            raise EngineError(
+            failure = NoRoomError if ran_out() else EngineError
+            raise failure(
                 f"llama.cpp could not make a context of {n_sequences} x {n_ctx} tokens"
                 f"{because()}: lower n_ctx or the number of preferences"
             )

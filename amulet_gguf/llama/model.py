@@ -21,7 +21,7 @@ from typing import Final
 
 import numpy as np
 
-from amulet_gguf.errors import EngineError, ModelFormatError, SettingError
+from amulet_gguf.errors import EngineError, ModelFormatError, NoRoomError, SettingError
 from amulet_gguf.llama.gguf import Header, check_magic, read_model, shown
 from amulet_gguf.llama.handle import Handle, Owner, check_process, in_use
 from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
@@ -56,6 +56,7 @@ _SPECIAL: Final = (
 _GGML_LOG_ERROR: Final = 4
 _MAX_GPU_LAYERS: Final = 100_000
 _MAX_QUOTED: Final = 200
+_NO_DEVICES: Final = ctypes.c_void_p()  # a list of devices, which ends with a null pointer
 recent_errors: deque[str] = deque(maxlen=4)
 _setup_lock = threading.Lock()
 _is_set_up = False
@@ -123,6 +124,7 @@ class Model(Owner):
             ModelFormatError: not a GGUF file, a damaged one, or not a model that writes text.
             SettingError: n_gpu_layers out of range, rpc malformed or not built in.
             EngineError: an RPC server cannot be reached.
+            NoRoomError: llama.cpp could not have the memory.
             ClosedError: this process was forked from one that used llama.cpp.
         """
         check_process()
@@ -190,6 +192,14 @@ class Model(Owner):
             buffer = ctypes.create_string_buffer(size + 1)
             size = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return None if size < 0 else buffer.value.decode("utf-8", "replace")
+
+    @property
+    def share_on_gpu(self) -> float:
+        """How many of the layers were asked to run on a GPU, from 0 to 1."""
+        if self.n_gpu_layers == 0 or not can_offload():
+            return 0.0
+        n_layers = lib.llama_model_n_layer(self.handle) + 1  # the output counts as one
+        return 1.0 if self.n_gpu_layers < 0 else min(1.0, self.n_gpu_layers / n_layers)
 
     @property
     def n_parameters(self) -> int:
@@ -286,6 +296,11 @@ def because() -> str:
     return f": {words}" if len(words) <= _MAX_QUOTED else f": {words[:_MAX_QUOTED]}…"
 
 
+def ran_out() -> bool:
+    """Tell whether llama.cpp complained of a want of memory in what it was last asked to do."""
+    return any("allocat" in line or "out of memory" in line for line in recent_errors)
+
+
 def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | None) -> int:
     failure: list[BaseException] = []
 
@@ -300,6 +315,8 @@ def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | Non
 
     parameters = lib.llama_model_default_params()
     parameters.n_gpu_layers = n_gpu_layers
+    if n_gpu_layers == 0:  # or else prompts would be read on a GPU, and take its memory
+        parameters.devices = ctypes.addressof(_NO_DEVICES)
     in_use.add(on_progress)
     parameters.progress_callback = lib.llama_progress_callback(on_progress)
     recent_errors.clear()
@@ -308,6 +325,11 @@ def _load(path: Path, n_gpu_layers: int, progress: Callable[[float], None] | Non
         if model:
             lib.llama_model_free(model)
         raise failure[0]
+    if not model and ran_out():
+        raise NoRoomError(
+            f"{path} does not fit into the memory{because()}: lower n_gpu_layers, or choose a smaller "
+            "model or quantization"
+        )
     if not model:
         raise ModelFormatError(
             f"llama.cpp cannot load {shown(path)}{because()}: the file is damaged or incomplete, or of "

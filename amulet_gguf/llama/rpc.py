@@ -58,7 +58,7 @@ def add_servers(servers: list[str]) -> None:
             "the installed llama.cpp has no RPC: CMAKE_ARGS='-DGGML_RPC=on' pip install --no-cache-dir "
             f"--force-reinstall llama-cpp-python=={version('llama-cpp-python')}"
         )
-    ggml, base = _library("ggml"), _library("ggml-base")
+    ggml, base = library("ggml"), library("ggml-base")
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     by_name = ctypes.CFUNCTYPE(pointer, text)(("ggml_backend_reg_by_name", ggml))
     address = ctypes.CFUNCTYPE(pointer, pointer, text)(("ggml_backend_reg_get_proc_address", base))
@@ -97,11 +97,11 @@ def greet(server: str) -> None:
 def has_device() -> bool:
     """Tell whether llama.cpp knows a GPU, of this machine or of an RPC server."""
     function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int)
-    by_type = function(("ggml_backend_dev_by_type", _library("ggml")))
+    by_type = function(("ggml_backend_dev_by_type", library("ggml")))
     return bool(by_type(_GPU) or by_type(_IGPU))
 
 
-def _library(name: str) -> ctypes.CDLL:
+def library(name: str) -> ctypes.CDLL:
     """Return a library whose functions are those that llama.cpp itself uses.
 
     pip installs copies where libggml.so has links: loaded by name, it is another one with a registry of
@@ -110,7 +110,7 @@ def _library(name: str) -> ctypes.CDLL:
     from llama_cpp import _ctypes_extensions, _ggml, llama_cpp
 
     library: ctypes.CDLL = (
-        _ctypes_extensions.load_shared_library(name, _ggml.libggml_base_path)
+        _ctypes_extensions.load_sharedlibrary(name, _ggml.libggml_base_path)
         if sys.platform == "win32"
         else llama_cpp._lib
     )

@@ -69,7 +69,7 @@ def routes(desk: Desk) -> APIRouter:
     async def running() -> Response:
         amulet = desk.amulet
         about = await asyncio.to_thread(_about, amulet)
-        in_gpu = about["size"] if amulet.model.n_gpu_layers else 0
+        in_gpu = round(about["size"] * amulet.model.share_on_gpu)
         more = {"expires_at": _NEVER, "size_vram": in_gpu, "context_length": amulet.engine.n_ctx}
         return as_json({"models": [{**_named(_tagged(desk.served.name), about), **more}]})
 
