@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -13,7 +14,7 @@ from typing import Any, Final, Literal
 
 import psutil
 
-from amulet_gguf.errors import AmuletError
+from amulet_gguf.errors import AmuletError, ConfigError, ModelError
 from amulet_gguf.home import paths as home
 from amulet_gguf.llama.available import available_bytes
 
@@ -86,10 +87,15 @@ def _processor() -> Check:
 
 
 def _offload() -> Check:
-    from amulet_gguf.llama.model import can_offload
+    from amulet_gguf.llama.devices import devices, offload
+    from amulet_gguf.models.find import find_model
 
-    if can_offload():
-        return Check("offload", "ok", "llama.cpp can run layers on a GPU")
+    if found := devices():
+        value = ", ".join(map(str, found))
+        with contextlib.suppress(ModelError, ConfigError):  # another check says what is wrong there
+            path = find_model()
+            value += f": {offload(path, None, 2, found)} of {path.name} go there"
+        return Check("offload", "ok", value)
     cure = f"with a GPU: CMAKE_ARGS=-DGGML_CUDA=on {_REBUILD} (or GGML_METAL, GGML_VULKAN)"
     return Check("offload", "warning", "llama.cpp was built for the CPU alone", cure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def list_models(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     """Show what a model is, and the memory it will need."""
+    from amulet_gguf.llama.devices import devices, offload
     from amulet_gguf.llama.gguf import parts, read_model
     from amulet_gguf.llama.memory import estimate
     from amulet_gguf.methods import auto_for, describe_auto
@@ -88,6 +90,8 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     size = sum(file.stat().st_size for file in files)
     n_parameters = header.n_parameters
     auto = auto_for(n_parameters)
+    found = devices()
+    offloaded = offload(path, n_ctx, 2, found)
     memory = {n: estimate(path, n_ctx, 1 + n).total for n in (0, 1, 2)}
     record: dict[str, Any] = {
         "path": str(path),
@@ -109,6 +113,12 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
             "without_preference": memory[0],
             "one_preference": memory[1],
             "two_preferences": memory[2],
+        },
+        "offload": {
+            "devices": [dataclasses.asdict(device) for device in found],
+            "layers": offloaded.n_layers,
+            "of": offloaded.of,
+            "bytes": offloaded.n_bytes,
         },
     }
     if as_json:
@@ -133,6 +143,8 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         "memory": f"with {n_ctx:,} tokens of context, about {memory[0] / 1e6:,.0f} MB; with one "
         f"preference {memory[1] / 1e6:,.0f} MB, with two {memory[2] / 1e6:,.0f} MB",
     }
+    if found:
+        lines["offload"] = f"with one preference {offloaded} to {', '.join(map(str, found))}"
     for key, value in lines.items():
         echo(f"{key:<13} {on_one_line(value)}")
 
