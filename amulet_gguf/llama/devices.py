@@ -14,6 +14,7 @@ import psutil
 
 from amulet_gguf.llama.gguf import Header, parts, read_header
 from amulet_gguf.llama.memory import DEFAULT_N_CTX, estimate
+from amulet_gguf.llama.model import can_offload
 from amulet_gguf.llama.rpc import library
 
 #: Rows of a batch on a device, if nobody chose: work space grows with them.
@@ -72,6 +73,8 @@ def devices() -> list[Device]:
 
     Integrated ones are used where there are no others, and share the memory of the machine.
     """
+    if not can_offload():
+        return []
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     ggml, base = library("ggml"), library("ggml-base")
     count = ctypes.CFUNCTYPE(size)(("ggml_backend_dev_count", ggml))

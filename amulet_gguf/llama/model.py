@@ -81,6 +81,7 @@ def _set_up() -> None:
 
 def can_offload() -> bool:
     """Tell whether llama.cpp can run layers elsewhere than on the CPU of this machine."""
+    _set_up()  # devices are looked for at the first question, and talk
     if lib.llama_supports_rpc():  # llama.cpp itself takes that for a device, even without any server
         return has_device()
     return bool(lib.llama_supports_gpu_offload())
