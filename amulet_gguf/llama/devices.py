@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +14,17 @@ from typing import Final
 
 import psutil
 
-from amulet_gguf.llama.gguf import Header, parts, read_header
-from amulet_gguf.llama.memory import DEFAULT_N_CTX, estimate
-from amulet_gguf.llama.model import can_offload
+from amulet_gguf.llama.gguf import Header, Tensor, parts, read_header
+from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, cache_bytes
+from amulet_gguf.llama.model import can_offload, lib
 from amulet_gguf.llama.rpc import library
 
 #: Rows of a batch on a device, if nobody chose: work space grows with them.
 N_BATCH: Final = 512
 _GPU, _IGPU = 1, 2  # enum ggml_backend_dev_type
 _MARGIN: Final = 2**30  # left to drivers and other programs, as llama.cpp's own tools do
+_LAYER: Final = re.compile(r"blk\.([0-9]+)\.")
+_INPUT: Final = re.compile(r"token_embd|position_embd|token_types")  # stays on the CPU
 _N_OUTPUTS: Final = 16  # rows of logits; an estimate
 
 
@@ -120,8 +124,10 @@ def offload(
     """
     header = read_header(path)
     n_ctx = n_ctx or min(DEFAULT_N_CTX, header.n_ctx_train or DEFAULT_N_CTX)
-    weights = sum(part.stat().st_size for part in parts(path))
-    layers = _layers(header, weights, estimate(header, weights, n_ctx, n_sequences).cache)
+    layers = _layers(path, header)
+    cache = cache_bytes(header, -(-n_ctx // MIN_N_CTX) * MIN_N_CTX, n_sequences)
+    for i in range(len(layers) - 1):  # as if all were alike
+        layers[i] += -(-cache // (len(layers) - 1))
     work = _work(header, n_ctx, n_batch or N_BATCH)
     n = layers_that_fit(layers, work, on)
     return Offload(n, len(layers), sum(layers[len(layers) - n :]) + (work if n else 0))
@@ -147,13 +153,31 @@ def layers_that_fit(layers: Sequence[int], work: int, on: Sequence[Device]) -> i
     return 0
 
 
-def _layers(header: Header, weights: int, cache: int) -> list[int]:
-    """Estimate the bytes of each layer, the output as the last, as if the others were alike."""
-    n_layers = max(1, header.number("block_count"))
-    output = header.number("embedding_length") * header.n_vocab
-    # The other table, which looks tokens up, stays on the CPU; a file with one has it for both.
-    output = weights * output // max(output, header.n_parameters, 1)
-    return [-(-(weights - output + cache) // n_layers)] * n_layers + [output]
+def _layers(path: Path, header: Header) -> list[int]:
+    """Return the bytes of the tensors of each layer, with the output as the last."""
+    tensors = {
+        name: tensor for part in parts(path) for name, tensor in read_header(part).tensors.items()
+    }
+    sizes = [0] * (header.number("block_count") + 1)
+    for name, tensor in tensors.items():
+        match = _LAYER.match(name)
+        if match and int(match[1]) < len(sizes):
+            sizes[int(match[1])] += _size(tensor)
+        elif not _INPUT.search(name) or (name == "token_embd.weight" and "output.weight" not in tensors):
+            sizes[-1] += _size(tensor)  # one table serves at both ends, and is copied
+    return sizes
+
+
+def _size(tensor: Tensor) -> int:
+    """Return the bytes of a tensor."""
+    n, base = math.prod(tensor.shape), library("ggml-base")
+    block_of = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int)(("ggml_blck_size", base))
+    bytes_of = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_int)(("ggml_type_size", base))
+    block = block_of(tensor.kind) if tensor.kind < lib.GGML_TYPE_COUNT else 0
+    if block == 0:  # a type of another version: llama.cpp will not load it
+        return 4 * n
+    n_bytes: int = bytes_of(tensor.kind) * n // block
+    return n_bytes
 
 
 def _work(header: Header, n_ctx: int, n_batch: int) -> int:

@@ -53,7 +53,7 @@ class Loading(Declared):
         "whole",
         low=-1,
         high=100_000,
-        otherwise="all, if it can",
+        otherwise="as many as fit",
     )
     n_threads: int | None = setting(
         None, "CPU threads.", "whole", low=1, high=1024, flag="-t", otherwise="physical cores"

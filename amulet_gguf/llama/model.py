@@ -114,7 +114,7 @@ class Model(Owner):
         Args:
             path: a GGUF file; for a split one, its first part.
             n_gpu_layers: layers to run on the GPU, -1 for all. None: all where the installed llama.cpp
-                can offload, else 0.
+                can offload, else 0. `amulet_gguf.llama.devices.offload` tells how many fit.
             rpc: RPC servers whose devices count as GPUs, "HOST:PORT,HOST:PORT". All models that the
                 process loads later use them too.
             chat_template: instead of the file's own.
