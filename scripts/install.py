@@ -1,6 +1,7 @@
-"""Usage: install.py EXTRA
+"""Usage: install.py EXTRA | --wheel
 
-Installs the project with an extra into the environment of the Python that runs this.
+Installs the project with an extra into the environment of the Python that runs this. With --wheel,
+writes where the wheel of llama.cpp is, and installs nothing.
 
 llama.cpp is compiled before that: only the libraries that are loaded, with progress, in a folder of the
 user's cache that is kept until it is done. Interrupted, it goes on there. The wheel stays, for the next
@@ -264,7 +265,10 @@ def install(extra: str) -> None:
 
 def main() -> int:
     try:
-        install(sys.argv[1])
+        if sys.argv[1] == "--wheel":
+            print(compiled(pinned()))
+        else:
+            install(sys.argv[1])
     except InstallError as error:
         for line in str(error).splitlines():
             say(line)

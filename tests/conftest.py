@@ -22,9 +22,9 @@ if os.environ.get("CI"):
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the tests on the bundled model last: what breaks early, breaks fast. Soak only if asked to."""
-    if "soak" not in config.option.markexpr:
-        items[:] = [item for item in items if item.get_closest_marker("soak") is None]
+    """Run the tests on the bundled model last: what breaks early, breaks fast. Some only if asked to."""
+    for marker in {"soak", "gpu"} - set(config.option.markexpr.split()):
+        items[:] = [item for item in items if item.get_closest_marker(marker) is None]
     items.sort(key=lambda item: item.get_closest_marker("model") is not None)
 
 
