@@ -97,7 +97,7 @@ class Progress:
     def read(self, line: str) -> None:
         """Take a line of ninja's output, or any other."""
         step = _STEP.match(line)
-        if step is None:
+        if step is None or step[1] == "0":  # a step before the first, such as a look for new shaders
             return
         done, total = int(step[1]), int(step[2])
         if self._begin is None:

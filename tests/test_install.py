@@ -67,6 +67,14 @@ def test_progress_is_a_line_for_each_tenth_elsewhere(install: Any) -> None:
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
+def test_a_step_before_the_first_is_no_progress(install: Any) -> None:
+    stream = io.StringIO()
+    progress = install.Progress("compiling", stream)
+    progress.read("[0/2] Re-checking globbed directories...")
+    progress.close()
+    assert stream.getvalue() == ""
+
+
 @pytest.mark.parametrize(
     ("log", "matters", "cure"),
     [
