@@ -236,7 +236,7 @@ class OpenAIReply:
             if self.explain:
                 choice["amulet"] = _moved(piece.text, piece.changed, piece.explanation)
         rest: dict[str, Any] = {"choices": [choice]}
-        if self.has_timings:
+        if self.has_timings and "role" not in delta:  # before anything is written there is no time
             stream = self._streams[index]
             rest["timings"] = timings_of(stream.usage, stream.timings)
         return f"{self._begin_chunk}{as_line(rest)[1:]}\n\n".encode()
