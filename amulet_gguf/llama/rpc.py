@@ -110,7 +110,7 @@ def library(name: str) -> ctypes.CDLL:
     from llama_cpp import _ctypes_extensions, _ggml, llama_cpp
 
     library: ctypes.CDLL = (
-        _ctypes_extensions.load_sharedlibrary(name, _ggml.libggml_base_path)
+        _ctypes_extensions.load_shared_library(name, _ggml.libggml_base_path)
         if sys.platform == "win32"
         else llama_cpp._lib
     )
