@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -69,7 +70,7 @@ class AmuletService:
         """
         check_callable("on_load", on_load)
         self._on_load = on_load
-        self._max_waiting = whole("max_waiting", max_waiting, 0, 2**31 - 1)
+        self._max_waiting = whole("max_waiting", max_waiting, 0, sys.maxsize)
         self._amulet: Amulet | None = None
         self._failure: BaseException | None = None
         self._lock = threading.RLock()  # of those who ask; its own threads never wait for them
