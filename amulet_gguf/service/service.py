@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -70,7 +69,7 @@ class AmuletService:
         """
         check_callable("on_load", on_load)
         self._on_load = on_load
-        self._max_waiting = whole("max_waiting", max_waiting, 0, sys.maxsize)
+        self._max_waiting = whole("max_waiting", max_waiting, 0, 2**63 - 1)
         self._amulet: Amulet | None = None
         self._failure: BaseException | None = None
         self._lock = threading.RLock()  # of those who ask; its own threads never wait for them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -107,4 +108,5 @@ class Terminal:
         return int(self._child.exitstatus if self._child.exitstatus is not None else -1)
 
     def kill(self) -> None:
-        self._child.close(force=True)
+        self._child.kill(signal.SIGKILL)  # a chat may well end in order on less, but not at once
+        self._child.close()
