@@ -40,9 +40,9 @@ for source in ("{{ messages[0].content }}", GREEDY):
         print(Renderer(source).render([{"content": "é"}], datetime.now(), {}))
     except AmuletError as error:
         print(error)
-for path in sys.argv[1:]:
+for path in filter(Path.exists, map(Path, sys.argv[1:])):
     try:
-        try_out(Path(path))
+        try_out(path)
     except AmuletError as error:
         print(error)
 """
