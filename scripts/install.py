@@ -93,13 +93,15 @@ class Progress:
         self._clock = clock
         self._begin: float | None = None
         self._tenth = -1
+        self._total = 0
 
     def read(self, line: str) -> None:
         """Take a line of ninja's output, or any other."""
         step = _STEP.match(line)
-        if step is None or step[1] == "0":  # a step before the first, such as a look for new shaders
+        done, total = (int(step[1]), int(step[2])) if step else (0, 0)
+        if done == 0 or total < self._total:  # before the first step, or in a build within the build
             return
-        done, total = int(step[1]), int(step[2])
+        self._total = total
         if self._begin is None:
             self._begin = self._clock()
         seconds = (self._clock() - self._begin) * (total - done) / done

@@ -67,12 +67,15 @@ def test_progress_is_a_line_for_each_tenth_elsewhere(install: Any) -> None:
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
-def test_a_step_before_the_first_is_no_progress(install: Any) -> None:
+def test_what_ninja_looks_for_and_builds_in_between_is_no_progress(install: Any) -> None:
     stream = io.StringIO()
     progress = install.Progress("compiling", stream)
-    progress.read("[0/2] Re-checking globbed directories...")
-    progress.close()
-    assert stream.getvalue() == ""
+    for line in ("[0/2] Re-checking globbed directories...", "[1/20] cc", "[2/2] cc", "[20/20] cc"):
+        progress.read(line)
+    assert [line.split(": ")[2] for line in stream.getvalue().splitlines()] == [
+        "1 of 20 steps",
+        "20 of 20 steps, less than a minute left",
+    ]
 
 
 @pytest.mark.parametrize(
