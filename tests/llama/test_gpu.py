@@ -209,6 +209,7 @@ def test_what_a_step_takes(
 ) -> None:
     """Prints, and asserts nothing of speed."""
     context = make_context(on_device)
+    two_rows(context)  # Mesa 22.3's software device dies of two rows if one alone was its first
 
     def rows(n: int) -> None:
         for sequence in range(n):
@@ -217,7 +218,7 @@ def test_what_a_step_takes(
 
     times: dict[str, list[float]] = {"plain": [], "raw": [], "aligned": []}
     with Amulet.load(on_device.path, n_ctx=256, trust_model=True) as amulet:
-        stream = amulet.stream(PROMPT, prefer="concise", max_tokens=20, min_tokens=20)
+        stream = amulet.stream(PROMPT, prefer="concise", strength=3, max_tokens=20, min_tokens=20)
         steps: dict[str, Callable[[], object]] = {
             "plain": lambda: rows(1),
             "raw": lambda: rows(2),
