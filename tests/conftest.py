@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,14 @@ from amulet_gguf.models.find import bundled_model
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the home of who runs the tests alone."""
+    if "AMULET_HOME" not in os.environ:
+        home = tempfile.TemporaryDirectory(prefix="amulet-tests-")
+        os.environ["AMULET_HOME"] = home.name
+        config.add_cleanup(home.cleanup)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,8 +14,8 @@ from typing import Final
 
 import psutil
 
-from amulet_gguf.llama.gguf import Header, Tensor, parts, read_header
-from amulet_gguf.llama.memory import DEFAULT_N_CTX, MIN_N_CTX, cache_bytes
+from amulet_gguf.llama.gguf import Header, Tensor, read_model
+from amulet_gguf.llama.memory import DEFAULT_N_CTX, cache_bytes
 from amulet_gguf.llama.model import can_offload, lib
 from amulet_gguf.llama.rpc import library
 
@@ -122,10 +122,10 @@ def offload(
     Raises:
         ModelNotFoundError, ModelFormatError: the file cannot be read.
     """
-    header = read_header(path)
+    header = read_model(path)
     n_ctx = n_ctx or min(DEFAULT_N_CTX, header.n_ctx_train or DEFAULT_N_CTX)
-    layers = _layers(path, header)
-    cache = cache_bytes(header, -(-n_ctx // MIN_N_CTX) * MIN_N_CTX, n_sequences)
+    layers = _layers(header)
+    cache = cache_bytes(header, n_ctx, n_sequences)
     for i in range(len(layers) - 1):  # as if all were alike
         layers[i] += -(-cache // (len(layers) - 1))
     work = _work(header, n_ctx, n_batch or N_BATCH)
@@ -153,11 +153,9 @@ def layers_that_fit(layers: Sequence[int], work: int, on: Sequence[Device]) -> i
     return 0
 
 
-def _layers(path: Path, header: Header) -> list[int]:
+def _layers(header: Header) -> list[int]:
     """Return the bytes of the tensors of each layer, with the output as the last."""
-    tensors = {
-        name: tensor for part in parts(path) for name, tensor in read_header(part).tensors.items()
-    }
+    tensors = header.tensors
     sizes = [0] * (header.number("block_count") + 1)
     for name, tensor in tensors.items():
         match = _LAYER.match(name)
