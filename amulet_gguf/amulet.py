@@ -71,7 +71,7 @@ def load_model(
     if loading.rpc is None and (n_layers == 0 or not can_offload()):
         check_fits(file, loading.n_ctx, n_sequences, loading.n_batch)
     if is_new and loading.rpc is None:
-        try_out(file, n_layers)
+        try_out(file, n_layers, progress)
     template = None if loading.chat_template is None else _read(loading.chat_template)
 
     def load(n_layers: int | None) -> Model:
@@ -80,6 +80,8 @@ def load_model(
         )
 
     def load_beside_context(n_layers: int) -> Model:
+        if n_layers == 0:
+            check_fits(file, loading.n_ctx, n_sequences, loading.n_batch)
         model = load(n_layers)
         try:
             _context(model, loading, n_sequences).close()
@@ -98,7 +100,8 @@ def _halving(load: Callable[[int], Model], n_layers: int) -> Model:
     except NoRoomError as error:
         if n_layers == 0:
             raise
-        logger.warning("%s; now with %d layers on the GPU", error, n_layers // 2)
+        # As a text: who keeps the error keeps what could not be loaded.
+        logger.warning("%s; now with %d layers on the GPU", str(error), n_layers // 2)
     return _halving(load, n_layers // 2)
 
 

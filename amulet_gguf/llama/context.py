@@ -115,6 +115,7 @@ class Context(Owner):
         weights = model.handle
         pointer = lib.llama_init_from_model(weights, parameters)
         if not pointer:
+            del weights  # who keeps the error keeps what its frames hold
             failure = NoRoomError if ran_out() else EngineError
             raise failure(
                 f"llama.cpp could not make a context of {n_sequences} x {n_ctx} tokens"
@@ -234,6 +235,7 @@ class Context(Owner):
                 self.n_threads = self._watch.n
                 lib.llama_set_n_threads(context, self.n_threads, self.n_threads)
         if code != 0:
+            del context  # who keeps the error keeps what its frames hold
             for sequence in np.unique(self._sequences[:n_rows]).tolist():
                 self.free(sequence)
             reason = "it found no room in the KV cache" if code == 1 else f"code {code}"

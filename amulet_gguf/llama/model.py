@@ -180,6 +180,7 @@ class Model(Owner):
             kind = "a model without a tokenizer"
         else:
             return
+        del model  # who keeps the error keeps what its frames hold
         raise ModelFormatError(
             f"{shown(self.path)} is {kind} ({architecture}): choose a model that writes text token by "
             "token"

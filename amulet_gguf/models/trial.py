@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 from amulet_gguf.errors import AmuletError, ModelError, ModelFormatError
 from amulet_gguf.frozen.child import can_start_children, frozen_command
@@ -28,18 +32,23 @@ from amulet_gguf.llama.gguf import parts, read_header, shown
 from amulet_gguf.llama.memory import MIN_N_CTX
 from amulet_gguf.llama.model import Model, can_offload
 
+logger = logging.getLogger(__name__)
+
 #: Digests of files that need no trial: the bundled model's.
 _TRUSTED: Final = frozenset({"1b266ebd5266a11da6f927a5909f40d01970837a0db8d1d54bd90d68a0e7c75a"})
 _SECONDS: Final = 30.0  # for a small file; it takes one
-_BYTES_PER_SECOND: Final = 50e6  # of a slow disk, from which a large file is read
+_BYTES_PER_SECOND: Final = 15e6  # of a slow disk, from which a large file is read
+_LOOK_SECONDS: Final = 0.2
 _MEMORY: Final = 4 * 2**30  # beyond twice the file, which may be mapped and repacked
+_MAX_STACK: Final = 2**26
 _MAX_KEPT: Final = 16_384  # bytes of what the process writes
 _MAX_SAID: Final = 160  # characters that are quoted of what llama.cpp said
 _START: Final = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[3]); "
     "from amulet_gguf.models import trial; trial.main()"
 )
-#: What the process writes when llama.cpp came back, whether it liked the file or not.
+#: What the process writes first, and when llama.cpp came back, whether it liked the file or not.
+_BEGAN: Final = b"began\n"
 _WORKS: Final = b"works\n"
 _REFUSED: Final = b"refused\n"
 # Bytes that a vocabulary may lack, characters of several bytes, digits and blanks in a row.
@@ -58,45 +67,55 @@ def is_known(path: Path) -> bool:
     return digest in _TRUSTED or _mark(digest).exists()
 
 
-def try_out(path: Path, n_gpu_layers: int | None = None) -> None:
+def try_out(
+    path: Path,
+    n_gpu_layers: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> None:
     """Load a model file in another process, and decode some tokens; remember it if that works.
 
-    A file that llama.cpp refuses in good order is left to whoever loads it.
+    A file that llama.cpp refuses in good order, or that cannot be tried, is left to whoever loads it.
 
     Args:
         n_gpu_layers: as `Model`.
+        progress: called with 0 now and then; what it raises ends the trial.
 
     Raises:
         ModelFormatError: it ends the process that loads it, or comes to no end.
     """
     if not can_start_children():
         return
-    n_bytes = sum(part.stat().st_size for part in parts(path))
-    seconds = _SECONDS + n_bytes / _BYTES_PER_SECOND
+    seconds = _seconds(path)
     arguments = [str(path), json.dumps(n_gpu_layers)]
+    places = json.dumps([place for place in sys.path if isinstance(place, str)])
     command = frozen_command("trial", *arguments)
-    process = subprocess.Popen(
-        command or [sys.executable, "-I", "-c", _START, *arguments, json.dumps(sys.path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C at the terminal is for this process, which then ends the other
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-    )
-    with _ended(process, seconds) as is_late:
-        said = _last_words(process)
-        code = process.wait()
-    if code == 0 and said.endswith(_WORKS):
+    try:
+        process = subprocess.Popen(
+            command or [sys.executable, "-I", "-c", _START, *arguments, places],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C at the terminal is for this one, which then ends the other
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+    except OSError as error:
+        logger.warning("no process can be started to try %s: %s", path, error.strerror)
+        return
+    said, is_late = _watched(process, seconds, progress)
+    code = process.returncode
+    if not is_late and _BEGAN not in said.first:
+        logger.warning("%s was not tried: %s", path, _reason(said.last, code))
+    elif code == 0 and said.last.endswith(_WORKS):
         trust(path)
-    elif is_late.is_set():
+    elif is_late:
         raise ModelFormatError(
             f"{shown(path)} did not give a token within {seconds:.0f} seconds: it is damaged, or this "
             "machine too slow for it; --trust-model loads it untried"
         )
-    elif code != 0 or not said.endswith(_REFUSED):
+    elif code != 0 or not said.last.endswith(_REFUSED):
         raise ModelFormatError(
-            f"{shown(path)} ends llama.cpp ({_reason(said, code)}): it is damaged, or of a kind that "
-            "this version does not know; download it again, or choose another"
+            f"{shown(path)} ends llama.cpp ({_reason(said.last, code)}): it is damaged, or of a kind "
+            "that this version does not know; download it again, or choose another"
         )
 
 
@@ -112,14 +131,16 @@ def trust(path: Path) -> None:
 def main() -> None:
     """Load a model and use it as an answer does; the process may end on the way."""
     path, n_gpu_layers = sys.argv[1:3]
-    _set_limits(path)
+    _set_limits(Path(path))
+    os.write(1, _BEGAN)  # by its number: a program without a console has no sys.stdout
     try:
         with Model(path, n_gpu_layers=json.loads(n_gpu_layers)) as model:
             _use(model)
         verdict = _WORKS
-    except AmuletError:
+    except (AmuletError, OSError, MemoryError):
         verdict = _REFUSED
-    os.write(1, b"\n" + verdict)  # a program without a console has no sys.stdout
+    os.write(1, b"\n" + verdict)
+    os._exit(0)  # what a driver does at an orderly end is not the file's fault
 
 
 def _use(model: Model) -> None:
@@ -134,7 +155,12 @@ def _use(model: Model) -> None:
             context.decode()
 
 
-def _set_limits(path: str) -> None:
+def _seconds(path: Path) -> float:
+    """Return how long a trial may take."""
+    return _SECONDS + sum(part.stat().st_size for part in parts(path)) / _BYTES_PER_SECOND
+
+
+def _set_limits(path: Path) -> None:
     if sys.platform == "win32":
         import ctypes
 
@@ -142,48 +168,63 @@ def _set_limits(path: str) -> None:
         return
     import resource
 
+    signal.alarm(int(_seconds(path)) + 10)  # its parent may be gone by then
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if (
-        sys.platform == "linux" and not can_offload()
-    ):  # a GPU's driver reserves addresses by the terabyte
-        n_bytes = sum(part.stat().st_size for part in parts(Path(path)))
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)  # of each thread, of which none may lack
+    is_usual = stack == resource.RLIM_INFINITY or stack <= _MAX_STACK
+    # A GPU's driver reserves addresses by the terabyte.
+    if sys.platform == "linux" and is_usual and not can_offload():
+        n_bytes = sum(part.stat().st_size for part in parts(path))
+        most = psutil.Process().memory_info().vms + 2 * n_bytes + _MEMORY
+        most += 2 * _MAX_STACK * (os.cpu_count() or 1)  # stacks and heaps of threads
         with suppress(ValueError, OSError):  # less is set already
-            resource.setrlimit(resource.RLIMIT_AS, (2 * n_bytes + _MEMORY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
-@contextmanager
-def _ended(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
-    """Kill a process when its time is over or the block ends; tell whether it was late."""
-    is_late = threading.Event()
+class _Said:
+    """The beginning and the end of what a process writes; it may write any amount."""
 
-    def end() -> None:
-        is_late.set()
-        process.kill()
+    def __init__(self) -> None:
+        self.first = self.last = b""
 
-    timer = threading.Timer(seconds, end)
-    timer.start()
+    def listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        while block := os.read(process.stdout.fileno(), 65_536):
+            self.first = self.first or block
+            self.last = (self.last + block)[-_MAX_KEPT:]
+
+
+def _watched(
+    process: subprocess.Popen[bytes], seconds: float, progress: Callable[[float], None] | None
+) -> tuple[_Said, bool]:
+    """Wait for a process, and kill it when its time is over or `progress` raises; tell what it said,
+    and whether it was late."""
+    said = _Said()
+    reader = threading.Thread(target=said.listen, args=(process,), daemon=True)
+    reader.start()
+    end = time.monotonic() + seconds
     try:
-        yield is_late
+        while reader.is_alive() and time.monotonic() < end:
+            reader.join(_LOOK_SECONDS)
+            if progress is not None:
+                progress(0.0)
+        is_late = reader.is_alive()
+        if not is_late:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS)
     finally:
-        timer.cancel()
         process.kill()
         process.wait()
+        reader.join()
         assert process.stdout is not None
         process.stdout.close()
-
-
-def _last_words(process: subprocess.Popen[bytes]) -> bytes:
-    """Return the end of what a process writes; it may write any amount."""
-    assert process.stdout is not None
-    said = b""
-    while block := os.read(process.stdout.fileno(), 65_536):
-        said = (said + block)[-_MAX_KEPT:]
-    return said
+    return said, is_late
 
 
 def _reason(said: bytes, code: int) -> str:
     """Return what llama.cpp said last, in a line that can be printed, or else the signal."""
-    lines = [line for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+    text = said.removeprefix(_BEGAN).decode("utf-8", "replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return signal.Signals(-code).name if code < 0 else f"exit code {code:#x}"
     words = "".join(c if c.isprintable() else " " for c in lines[-1].rsplit("/", 1)[-1])

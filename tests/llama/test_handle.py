@@ -6,16 +6,17 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fixture_types import Tiny
 
-from amulet_gguf.errors import ClosedError
+from amulet_gguf.errors import ClosedError, EngineError
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.handle import Handle, Owner
-from amulet_gguf.llama.model import Model
+from amulet_gguf.llama.model import Model, lib
 
 SETUP = """
 import gc, os, random, sys, threading, time
@@ -239,3 +240,14 @@ def test_logits_outlive_their_context_and_a_context_its_model(tiny: Tiny) -> Non
         np.testing.assert_array_equal(logits, before)
     with pytest.raises(ClosedError):
         context.decode()
+
+
+def test_an_error_that_is_kept_keeps_no_weights(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(tiny("llama"))
+    freed = weakref.ref(model.handle)
+    with monkeypatch.context() as patch:
+        patch.setattr(lib, "llama_init_from_model", lambda *_: None)
+        with pytest.raises(EngineError) as caught:
+            Context(model, n_ctx=256, n_sequences=1, n_threads=1)
+    model.close()
+    assert freed() is None, caught.traceback

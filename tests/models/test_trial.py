@@ -41,7 +41,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
 
 def instead(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Run another program where a model would be loaded."""
-    monkeypatch.setattr(trial, "_START", f"import os, sys, time; {program}")
+    monkeypatch.setattr(trial, "_START", f"import os, sys, time; os.write(1, b'began\\n'); {program}")
 
 
 def with_tokens_alike(model: Path, path: Path) -> Path:
@@ -143,10 +143,20 @@ def test_a_file_cannot_take_all_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPat
     instead(
         monkeypatch,
         "import json; sys.path[:] = json.loads(sys.argv[3]); from amulet_gguf.models import trial; "
-        "trial._set_limits(sys.argv[1]); bytearray(5 * 2**30)",
+        "trial._set_limits(trial.Path(sys.argv[1])); bytearray(64 * 2**30)",
     )
     with pytest.raises(ModelFormatError, match=r"\(MemoryError\)"):
         trial.try_out(tiny("llama"))
+
+
+def test_a_file_that_could_not_be_tried_is_left_to_who_loads_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr(trial, "_START", "raise ImportError('no package')")
+    trial.try_out(tiny("llama"))
+    monkeypatch.setattr(sys, "executable", str(home / "python"))
+    trial.try_out(tiny("llama"))
+    assert not home.exists()
 
 
 def test_an_interrupted_trial_leaves_no_process(
@@ -154,13 +164,12 @@ def test_an_interrupted_trial_leaves_no_process(
     monkeypatch: pytest.MonkeyPatch,
     started: list[subprocess.Popen[bytes]],
 ) -> None:
-    def interrupt(_: object) -> bytes:
+    def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
     instead(monkeypatch, "time.sleep(600)")
-    monkeypatch.setattr(trial, "_last_words", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        trial.try_out(tiny("llama"))
+        trial.try_out(tiny("llama"), progress=interrupt)
     (process,) = started
     assert process.returncode is not None
 
