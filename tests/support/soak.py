@@ -245,6 +245,8 @@ class _Chat:
                 if self.n_turns % 9 == 2:
                     self._terminal.read(0.5)
                     self._terminal.press("\x03")
+                    self._terminal.read(0.5)
+                    self._terminal.press("\x15")  # at a question it is "no", and the line comes back
                 self._terminal.read(0.3)
                 self._wait()
                 self.n_turns += 1
