@@ -216,7 +216,7 @@ def _default() -> Path | None:
 
 
 def _row(model: Installed, used: Path | None) -> dict[str, Any]:
-    from amulet_gguf.llama.gguf import parts, quantization_in, read_header
+    from amulet_gguf.llama.gguf import quantization_in, read_header, size
 
     row: dict[str, Any] = {
         "name": model.name,
@@ -226,7 +226,7 @@ def _row(model: Installed, used: Path | None) -> dict[str, Any]:
         "bytes": 0,
     }
     try:
-        row["bytes"] = sum(part.stat().st_size for part in parts(model.path))
+        row["bytes"] = size(model.path)
         header = read_header(model.path, brief=True)
     except (AmuletError, OSError) as error:
         return row | {"error": str(error)}

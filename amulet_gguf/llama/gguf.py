@@ -192,6 +192,11 @@ def parts(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{base}-{digit * 5}-of-{match[2]}.gguf"))
 
 
+def size(path: Path) -> int:
+    """Return the bytes of all files of a model; raises OSError where one cannot be looked at."""
+    return sum(part.stat().st_size for part in parts(path))
+
+
 def quantization_in(name: str) -> str:
     """Return the quantization that a file's name tells, "?" if it tells none.
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama.available import available_bytes
-from amulet_gguf.llama.gguf import Header, Tensor, parts, read_header, read_model, shown
+from amulet_gguf.llama.gguf import Header, Tensor, read_header, read_model, shown, size
 
 #: Context of a model that could take more: the memory of a cache grows with it.
 DEFAULT_N_CTX: Final = 4096
@@ -87,7 +87,7 @@ def estimate(path: Path, n_ctx: int, n_sequences: int, n_batch: int | None = Non
     """
     model = read_model(path)
     return Estimate(
-        weights=sum(part.stat().st_size for part in parts(path)),
+        weights=size(path),
         repacked=_repacked_bytes(model.tensors),
         cache=cache_bytes(model, n_ctx, n_sequences),
         compute=compute_bytes(model, n_ctx, n_sequences, n_batch),

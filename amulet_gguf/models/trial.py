@@ -1,9 +1,9 @@
 """A model file that is new here is tried in a process of its own before it is loaded.
 
 llama.cpp answers some contradictions in a file by ending the process or by never coming back, and no
-list of them is complete. What was tried is remembered by a digest of all that precedes the weights
-(their numbers end nothing) and by the version of llama.cpp, so that a file is tried once. Files that
-`amulet models pull` verified, and the bundled one, need no trial.
+list of them is complete. What was tried is remembered by a digest of all that precedes the weights (no
+number in them is known to end it) and by the version of llama.cpp, so that a file is tried once. Files
+that `amulet models pull` verified, and the bundled one, need no trial.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from amulet_gguf.errors import AmuletError, ModelError, ModelFormatError
 from amulet_gguf.frozen.child import can_start_children, frozen_command
 from amulet_gguf.home.paths import cache_folder
 from amulet_gguf.llama.context import Context
-from amulet_gguf.llama.gguf import parts, read_header, shown
+from amulet_gguf.llama.gguf import parts, read_header, shown, size
 from amulet_gguf.llama.memory import MIN_N_CTX
 from amulet_gguf.llama.model import Model, can_offload
 
@@ -157,7 +157,7 @@ def _use(model: Model) -> None:
 
 def _seconds(path: Path) -> float:
     """Return how long a trial may take."""
-    return _SECONDS + sum(part.stat().st_size for part in parts(path)) / _BYTES_PER_SECOND
+    return _SECONDS + size(path) / _BYTES_PER_SECOND
 
 
 def _set_limits(path: Path) -> None:
@@ -174,8 +174,7 @@ def _set_limits(path: Path) -> None:
     is_usual = stack == resource.RLIM_INFINITY or stack <= _MAX_STACK
     # A GPU's driver reserves addresses by the terabyte.
     if sys.platform == "linux" and is_usual and not can_offload():
-        n_bytes = sum(part.stat().st_size for part in parts(path))
-        most = psutil.Process().memory_info().vms + 2 * n_bytes + _MEMORY
+        most = psutil.Process().memory_info().vms + 2 * size(path) + _MEMORY
         most += 2 * _MAX_STACK * (os.cpu_count() or 1)  # stacks and heaps of threads
         with suppress(ValueError, OSError):  # less is set already
             resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from amulet_gguf.amulet import Amulet
 from amulet_gguf.engine.answer import Answer, Call, FinishReason, Piece, Timings, Usage, calls_in
 from amulet_gguf.errors import AmuletError
-from amulet_gguf.llama.gguf import parts, read_header
+from amulet_gguf.llama.gguf import read_header, size
 from amulet_gguf.prompts.messages import THOUGHT
 from amulet_gguf.server.asked import Asked, changes_in, tools_in
 from amulet_gguf.server.desk import Desk, arguments_of, effort_of, messages_of, unusable
@@ -321,8 +321,7 @@ def _file(path: Path) -> tuple[int, str, str]:
     """Return the size of a model, when it was made, and its quantization."""
     try:
         made = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
-        size = sum(part.stat().st_size for part in parts(path))
-        return size, _time(made), read_header(path).quantization
+        return size(path), _time(made), read_header(path).quantization
     except (OSError, AmuletError):  # it was loaded, and is no longer there
         return 0, "1970-01-01T00:00:00Z", "unknown"
 
