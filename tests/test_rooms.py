@@ -15,7 +15,7 @@ PACKAGE = Path(amulet_gguf.__file__).parent
 
 #: Ground floor first. Modules directly in the package stand where they are named.
 FLOORS = [
-    "errors", "preferences", "declaration", "settings", "methods", "method", "frozen", "llama",
+    "errors", "preferences", "declaration", "settings", "methods", "method", "system", "llama",
     "engine", "prompts", "stream", "home", "models", "amulet", "taste", "conversation", "service",
     "batch", "llm_plugin", "checks", "evaluation", "server", "cli", "__main__",
 ]  # fmt: skip

@@ -70,16 +70,16 @@ def chat(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     n_sequences = max(_SEQUENCES if is_terminal else 1, settings.n_branches)
     with loaded(loading, n_sequences) as amulet:
-        from amulet_gguf.cli.terminal import key_by_key
-        from amulet_gguf.cli.view import ENDING, handling, leave
+        from amulet_gguf.cli.view import handling, leave
         from amulet_gguf.conversation.turns import Conversation
+        from amulet_gguf.system.platforms import ENDING, key_by_key
 
         talk = Chat(Conversation(amulet, settings), Screen())
         if resume is not None:  # what is typed goes before what was saved
             typed = SETTINGS if options["preset"] else typed_settings(options)
             talk.resume(resume, **{name: getattr(settings, name) for name in typed})
         take = functools.partial(next, prompted(talk), None) if is_terminal else read_line
-        with handling(ENDING, leave), key_by_key() if is_terminal else contextlib.nullcontext():
+        with handling(ENDING, leave), key_by_key(sys.stdin) if is_terminal else contextlib.nullcontext():
             failed = run(talk, take)
     if failed and not is_terminal:
         raise SystemExit(1)

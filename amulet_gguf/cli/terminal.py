@@ -8,7 +8,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any, BinaryIO, Final, Literal, NoReturn, TextIO, cast
 
 import click
@@ -182,27 +181,6 @@ class Output:
     def end_line(self) -> None:
         if self._line_is_open:
             self.write("\n")
-
-
-@contextlib.contextmanager
-def key_by_key() -> Iterator[None]:
-    """Let the terminal keep each key for who reads next.
-
-    While nobody does, in its mode for whole lines, it takes a Ctrl-D for itself, and it is lost.
-    """
-    try:
-        import termios
-    except ImportError:  # Windows: a console has no such mode
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    mode = termios.tcgetattr(sys.stdin)
-    mode[3] &= ~termios.ICANON
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _as_it_came(error: UnicodeError) -> tuple[str | bytes, int]:

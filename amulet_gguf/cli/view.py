@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from amulet_gguf.cli.terminal import Output
 from amulet_gguf.home.text import printable
+from amulet_gguf.system.platforms import ENDING, heeded
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 _REFRESH = 0.1  # seconds
 _SHARE = 0.1  # of the time that drawing may take
-#: Signals that ask a process to end: by `kill`, by the end of its terminal.
-ENDING = ("SIGTERM", "SIGHUP")
 _TAIL = 8  # lines that later text may still change: the rows of a table, the end of a list
 
 
@@ -159,12 +158,8 @@ def listening() -> Iterator[Keys]:
 
 @contextlib.contextmanager
 def handling(names: Iterable[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle signals, of those that there are on this system and that are not ignored, as by nohup."""
-    before = {}
-    for name in names:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, handler)
+    """Handle signals: those that the system has and that are not ignored."""
+    before = {number: signal.signal(number, handler) for number in heeded(*names)}
     try:
         yield
     finally:

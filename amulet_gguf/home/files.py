@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from amulet_gguf.llama.files import at_once, open_file
+from amulet_gguf.llama.files import open_file
+from amulet_gguf.system.platforms import open_without_waiting, sync_folder
 
 _BLOCK: Final = 2**20
 
@@ -82,7 +83,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def make_folder(path: Path) -> None:
@@ -123,21 +124,8 @@ def write_atomically(path: Path, text: str) -> None:
     """
     data = text.encode()
     if path.exists() and not path.is_file():
-        with open(path, "wb", opener=at_once) as file:
+        with open(path, "wb", opener=open_without_waiting) as file:
             file.write(data)
         return
     with replacing(path) as file:
         file.write(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder survive a power cut, where the system can do that."""
-    if os.name != "posix":
-        return
-    # The file is in place by now: a network drive without this must not make it look like a failure.
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

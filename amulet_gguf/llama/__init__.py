@@ -1,6 +1,6 @@
 """llama.cpp and its files, made safe."""
 
-import os
+from amulet_gguf.system.platforms import usable_cores
 
 #: Cores that this process may use, from before llama.cpp: its OpenMP may bind a thread to one of them.
-AFFINITY = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+AFFINITY = usable_cores()

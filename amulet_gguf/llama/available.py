@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,10 +15,7 @@ def available_bytes(root: Path = Path("/")) -> int:
     Args:
         root: where `proc` and `sys` are.
     """
-    left = [psutil.virtual_memory().available]
-    if sys.platform == "linux":
-        left += _left_by_groups(root)
-    return max(0, min(left))
+    return max(0, min([psutil.virtual_memory().available, *_left_by_groups(root)]))
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:

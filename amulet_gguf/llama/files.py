@@ -8,6 +8,8 @@ import os
 import stat
 from typing import Final
 
+from amulet_gguf.system.platforms import open_without_waiting
+
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -35,7 +37,7 @@ def open_file(path: str | os.PathLike[str], *, pipes: bool = False) -> io.Buffer
 
     def opener(name: str, flags: int) -> int:
         check(os.stat(name).st_mode)  # before: a device may act when it is opened
-        descriptor = at_once(name, flags)
+        descriptor = open_without_waiting(name, flags)
         try:
             check(os.fstat(descriptor).st_mode)  # another may stand there by now
         except OSError:
@@ -47,12 +49,3 @@ def open_file(path: str | os.PathLike[str], *, pipes: bool = False) -> io.Buffer
         return open(path, "rb", opener=opener)
     except ValueError:  # a zero byte, or half of a surrogate pair
         raise OSError(errno.EINVAL, "it is no path") from None
-
-
-def at_once(name: str, flags: int) -> int:
-    """Open, as `open`'s `opener`, without waiting for somebody at the other end of a pipe."""
-    if os.name != "posix":
-        return os.open(name, flags)
-    descriptor = os.open(name, flags | os.O_NONBLOCK, 0o666)
-    os.set_blocking(descriptor, True)
-    return descriptor

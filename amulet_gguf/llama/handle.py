@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
 from amulet_gguf.errors import ClosedError
+from amulet_gguf.system.platforms import after_fork
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -178,5 +179,4 @@ def _end() -> None:
         time.sleep(0.001)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+after_fork(_forget)

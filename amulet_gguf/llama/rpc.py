@@ -9,12 +9,12 @@ import ctypes
 import re
 import socket
 import struct
-import sys
 import threading
 from importlib.metadata import version
 from typing import Final
 
 from amulet_gguf.errors import EngineError, SettingError
+from amulet_gguf.system.platforms import searches_dependencies
 
 _SERVER: Final = re.compile(
     r"(?P<host>[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):(?P<port>[0-9]{1,5})"
@@ -105,13 +105,13 @@ def library(name: str) -> ctypes.CDLL:
     """Return a library whose functions are those that llama.cpp itself uses.
 
     pip installs copies where libggml.so has links: loaded by name, it is another one with a registry of
-    its own. What libllama depends on is found through libllama, but for Windows, which has no links.
+    its own. What libllama depends on is found through libllama, but on Windows.
     """
     from llama_cpp import _ctypes_extensions, _ggml, llama_cpp
 
     library: ctypes.CDLL = (
-        _ctypes_extensions.load_shared_library(name, _ggml.libggml_base_path)
-        if sys.platform == "win32"
-        else llama_cpp._lib
+        llama_cpp._lib
+        if searches_dependencies()
+        else _ctypes_extensions.load_shared_library(name, _ggml.libggml_base_path)
     )
     return library

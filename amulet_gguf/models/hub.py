@@ -18,9 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from amulet_gguf.errors import DownloadError, SettingError
-from amulet_gguf.llama.files import at_once
 from amulet_gguf.llama.gguf import SPLIT
 from amulet_gguf.models.catalogue import CATALOGUE
+from amulet_gguf.system.platforms import open_without_waiting, remove_lock
 
 #: Quantizations in the order in which one is chosen where none is named.
 PREFERRED: Final = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q4_1", "Q5_K_M", "Q5_K_S", "Q5_0", "Q8_0", "Q3_K_M")
@@ -130,8 +130,7 @@ def _locked(partial: Path, remotes: list[_Remote]) -> Iterator[None]:
                 raise DownloadError(
                     f"{remote.name} is being pulled by another process: wait for it"
                 ) from None
-            if os.name == "posix":  # elsewhere, it goes when it is released
-                stack.callback(path.unlink, missing_ok=True)
+            stack.callback(remove_lock, path)
         yield
 
 
@@ -212,7 +211,7 @@ def _fetch(repo: str, remote: _Remote, path: Path, progress: Progress) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-    with open(path, "ab", opener=at_once) as file:
+    with open(path, "ab", opener=open_without_waiting) as file:
         if file.tell() > remote.n_bytes:
             file.truncate(0)
         progress(remote.name, file.tell(), remote.n_bytes)

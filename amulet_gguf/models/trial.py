@@ -25,12 +25,13 @@ from typing import Final
 import psutil
 
 from amulet_gguf.errors import AmuletError, ModelError, ModelFormatError
-from amulet_gguf.frozen.child import can_start_children, frozen_command
 from amulet_gguf.home.paths import cache_folder
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.gguf import parts, read_header, shown, size
 from amulet_gguf.llama.memory import MIN_N_CTX
 from amulet_gguf.llama.model import Model, can_offload
+from amulet_gguf.system.child import can_start_children, frozen_command
+from amulet_gguf.system.platforms import apart, end_after, fail_quietly, limit_memory, stack_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,7 @@ def try_out(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C at the terminal is for this one, which then ends the other
-            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            **apart(),  # Ctrl-C at the terminal is for this one, which then ends the other
         )
     except OSError as error:
         logger.warning("no process can be started to try %s: %s", path, error.strerror)
@@ -161,23 +161,13 @@ def _seconds(path: Path) -> float:
 
 
 def _set_limits(path: Path) -> None:
-    if sys.platform == "win32":
-        import ctypes
-
-        ctypes.windll.kernel32.SetErrorMode(0x8003)  # no window that waits for somebody to close it
-        return
-    import resource
-
-    signal.alarm(int(_seconds(path)) + 10)  # its parent may be gone by then
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)  # of each thread, of which none may lack
-    is_usual = stack == resource.RLIM_INFINITY or stack <= _MAX_STACK
-    # A GPU's driver reserves addresses by the terabyte.
-    if sys.platform == "linux" and is_usual and not can_offload():
+    fail_quietly()
+    end_after(int(_seconds(path)) + 10)  # its parent may be gone by then
+    stack = stack_bytes()
+    # A GPU's driver reserves addresses by the terabyte; of threads with large stacks none may lack.
+    if stack is not None and stack <= _MAX_STACK and not can_offload():
         most = psutil.Process().memory_info().vms + 2 * size(path) + _MEMORY
-        most += 2 * _MAX_STACK * (os.cpu_count() or 1)  # stacks and heaps of threads
-        with suppress(ValueError, OSError):  # less is set already
-            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        limit_memory(most + 2 * _MAX_STACK * (os.cpu_count() or 1))  # stacks and heaps of threads
 
 
 class _Said:

@@ -2,15 +2,15 @@
 
 A template runs without access to Python's internals. How long it may take, and with how much memory, is
 bounded by the process that it runs in: this file is also the program of that process (see
-`amulet_gguf.prompts.sandbox`), which is why it imports nothing of this package. A template finds what
-transformers has for it: loop controls, `generation` blocks, `tojson`, `raise_exception`, `strftime_now`.
+`amulet_gguf.prompts.sandbox`), which is why it imports next to nothing of this package. A template finds
+what transformers has for it: loop controls, `generation` blocks, `tojson`, `raise_exception`,
+`strftime_now`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -19,6 +19,8 @@ from typing import Any, Final
 import jinja2
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from amulet_gguf.system.platforms import end_after, limit_memory
 
 #: Characters of a rendered conversation; far more than a context holds.
 MAX_TEXT: Final = 4_000_000
@@ -132,12 +134,12 @@ def _to_json(
 
 def _serve() -> None:
     """Answer requests, lines of JSON, until there are no more or memory was short."""
-    _limit_memory()
+    limit_memory(_MAX_MEMORY)
     replies = os.fdopen(os.dup(1), "wb")
     replies.write(b"ready\n")
     replies.flush()
     for line in os.fdopen(0, "rb"):  # a program without a console has no sys.stdin
-        _end_after(_ORPHANED)
+        end_after(_ORPHANED)
         try:
             request = json.loads(line)
             reply = json.dumps({"text": render(request["source"], request["names"])})
@@ -149,24 +151,7 @@ def _serve() -> None:
         replies.flush()
         if reply.startswith('{"limit"'):
             break
-        _end_after(0)
-
-
-def _end_after(seconds: int) -> None:
-    if hasattr(signal, "alarm"):
-        signal.alarm(seconds)
-
-
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY, hard))
-    except (ValueError, OSError):  # macOS knows it, and refuses it
-        return
+        end_after(0)
 
 
 if __name__ == "__main__":

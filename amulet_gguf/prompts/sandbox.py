@@ -2,7 +2,7 @@
 
 No list of what a template can do is complete, and nothing stops an operation of Python's half-way: a
 process can be ended, and what it took is given back. One is enough for all templates. Where none can be
-started (see `amulet_gguf.frozen.child`), templates are rendered here, without bounds.
+started (see `amulet_gguf.system.child`), templates are rendered here, without bounds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -21,8 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+import amulet_gguf
 from amulet_gguf.errors import PromptError, TemplateLimitError
-from amulet_gguf.frozen.child import can_start_children, frozen_command
+from amulet_gguf.system.child import can_start_children, frozen_command
+from amulet_gguf.system.platforms import after_fork, apart
 
 #: Characters of a template; real ones have a tenth of it.
 MAX_TEMPLATE: Final = 262_144
@@ -171,11 +172,11 @@ def _within(seconds: float, process: subprocess.Popen[bytes], request: bytes) ->
 
 
 def _start() -> subprocess.Popen[bytes]:
-    """Start the process; Python has the standard library and Jinja, nothing else: it takes 50 ms."""
+    """Start the process; Python has the standard library and Jinja, hardly more: it takes 50 ms."""
     command = frozen_command("rendering")
     if command is None:
         origins = [getattr(find_spec(name), "origin", "") for name in ("jinja2", "markupsafe")]
-        packages = [str(Path(origin).parents[1]) for origin in origins]
+        packages = [str(Path(origin).parents[1]) for origin in (*origins, amulet_gguf.__file__)]
         program = str(Path(__file__).with_name("rendering.py"))
         command = [sys.executable, "-I", "-S", "-c", _START, program, *packages]
     return subprocess.Popen(
@@ -183,8 +184,7 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C and Ctrl-Z at the terminal are not for it
-        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        **apart(),
     )
 
 
@@ -204,5 +204,4 @@ def _end() -> None:
 
 
 _process = _Process()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+after_fork(_forget)

@@ -1,11 +1,10 @@
 """How the process ends: by a signal or with its parent, within a second, whatever runs.
 
-What differs between systems is here. On Windows, a console that closes ends the process by itself.
+On Windows, a console that closes ends the process by itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -15,8 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
+
+from amulet_gguf.system.platforms import ENDING, heeded, wait_for_end, wait_for_parent
 
 if TYPE_CHECKING:
     import uvicorn
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 #: From the beginning of the end until the process is ended, wherever it is: a step of llama.cpp may take
 #: longer, and cannot be broken off on every device. Files are replaced whole: none is left in half.
 END_SECONDS: Final = 0.7
-_LOOK_SECONDS: Final = 0.3  # between two looks for the parent
-_SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # where there are such
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,7 @@ class Ending:
         """End the server when a signal asks for it; a second one ends the process at once."""
         self._server = server
         server.should_exit = self._is_begun
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
-            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-                continue  # nohup's meaning
+        for number in (signal.SIGINT, *heeded(*ENDING)):
             self._before[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -87,7 +84,7 @@ class Ending:
 
 def watch_parent(on_gone: Callable[[], None]) -> None:
     """Call back when the parent has ended, or closed the pipe that is stdin."""
-    watches = [_wait_for_parent(), *([_wait_for_stdin] if _has_pipe() else [])]
+    watches = [wait_for_parent(), *([partial(wait_for_end, 0)] if _has_pipe() else [])]
 
     def run(wait: Callable[[], None]) -> None:
         wait()
@@ -98,39 +95,9 @@ def watch_parent(on_gone: Callable[[], None]) -> None:
         threading.Thread(target=run, args=(wait,), name="amulet-parent", daemon=True).start()
 
 
-def _wait_for_parent() -> Callable[[], None]:
-    """Return what waits for the end of the process that is the parent now."""
-    if sys.platform != "win32":  # an orphan gets another one
-        parent = os.getppid()
-
-        def is_there() -> bool:
-            return os.getppid() == parent
-    else:
-        import psutil
-
-        process = psutil.Process().parent()  # None: gone, whosever its number is by now
-
-        def is_there() -> bool:
-            return process is not None and process.is_running()
-
-    def wait() -> None:
-        while is_there():
-            time.sleep(_LOOK_SECONDS)
-
-    return wait
-
-
 def _has_pipe() -> bool:
     """Tell whether stdin is a pipe: nothing else comes to an end when its owner does."""
     if sys.stdin is None:  # its number may be another file's by now
         return False
     mode = os.fstat(0).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def _wait_for_stdin() -> None:
-    with contextlib.suppress(OSError):
-        if sys.platform != "win32":
-            os.set_blocking(0, True)  # some parents' pipes do not wait
-        while os.read(0, 4096):
-            pass

@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from amulet_gguf.errors import SettingError
 from amulet_gguf.home.text import printable
-from amulet_gguf.llama.files import at_once
+from amulet_gguf.system.platforms import open_without_waiting
 
 MAX_WAITING: Final = 1000  # texts
 _DRAIN_SECONDS: Final = 0.2
@@ -112,4 +112,4 @@ def begin_logging(level: str, path: str | None) -> Callable[[], None]:
 
 def _unbuffered(file: str | int, mode: Literal["ab", "wb"]) -> io.FileIO:
     """Open without a buffer of Python's: a thread that waits would hold its lock when all ends."""
-    return open(file, mode, buffering=0, opener=at_once if isinstance(file, str) else None)
+    return open(file, mode, buffering=0, opener=open_without_waiting if isinstance(file, str) else None)

@@ -13,8 +13,8 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from amulet_gguf.frozen import child
 from amulet_gguf.models import bundled_model
+from amulet_gguf.system import child
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # at most, for anything

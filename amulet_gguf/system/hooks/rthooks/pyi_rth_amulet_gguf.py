@@ -1,5 +1,5 @@
 """Runs before the program: a process that was started as its child does not become the program."""
 
-from amulet_gguf.frozen.child import freeze_support
+from amulet_gguf.system.child import freeze_support
 
 freeze_support()

@@ -1,4 +1,4 @@
-"""Programs frozen into an application: what they take along, and the processes they start."""
+"""The system beneath: what differs from one to the other, child processes, and frozen programs."""
 
 from __future__ import annotations
 

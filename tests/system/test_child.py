@@ -13,11 +13,11 @@ import pytest
 import tomlkit
 from fixture_types import Tiny
 
-from amulet_gguf.frozen import child
+from amulet_gguf.system import child
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="a script that is started as a program")
 
-SUPPORT = "from amulet_gguf.frozen.child import freeze_support"
+SUPPORT = "from amulet_gguf.system.child import freeze_support"
 GREEDY = "{{ 'x'.center(900000000) }}"
 #: Says what it is, unless it is a child, and what comes of a template and of files.
 PROGRAM = """
@@ -29,7 +29,7 @@ sys.frozen, sys.executable = True, __file__
 freeze_support()
 
 from amulet_gguf.errors import AmuletError
-from amulet_gguf.frozen.child import can_start_children
+from amulet_gguf.system.child import can_start_children
 from amulet_gguf.models.trial import try_out
 from amulet_gguf.prompts.sandbox import Renderer
 
