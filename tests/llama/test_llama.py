@@ -471,7 +471,7 @@ def test_an_unreadable_file_is_refused_in_one_line(tiny: Tiny, monkeypatch: pyte
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("amulet_gguf.llama.files.at_once", refuse)
+    monkeypatch.setattr("amulet_gguf.llama.files.open_without_waiting", refuse)
     with pytest.raises(ModelError, match="Permission denied") as caught:
         Model(tiny("llama"))
     assert "\n" not in str(caught.value)
