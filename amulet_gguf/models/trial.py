@@ -26,6 +26,7 @@ import psutil
 
 from amulet_gguf.errors import AmuletError, ModelError, ModelFormatError
 from amulet_gguf.home.paths import cache_folder
+from amulet_gguf.home.text import on_one_line
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.gguf import parts, read_header, shown, size
 from amulet_gguf.llama.memory import MIN_N_CTX
@@ -216,8 +217,7 @@ def _reason(said: bytes, code: int) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return signal.Signals(-code).name if code < 0 else f"exit code {code:#x}"
-    words = "".join(c if c.isprintable() else " " for c in lines[-1].rsplit("/", 1)[-1])
-    return " ".join(words.split())[:_MAX_SAID]
+    return on_one_line(lines[-1].rsplit("/", 1)[-1])[:_MAX_SAID]
 
 
 def _digest(path: Path) -> str:
