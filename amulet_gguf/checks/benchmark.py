@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
@@ -134,8 +135,15 @@ def measure(
     resident = psutil.Process().memory_info().rss
 
     n_ctx = engine.n_ctx
-    with Context(model, n_ctx=n_ctx, n_sequences=3, n_threads=engine.chosen_threads) as context:
-        steps = _Steps(model, engine, context)
+    with ExitStack() as stack:
+        # Each kind of step has a context of its own: in one, a GPU's graph would be made anew at each.
+        one, two = (
+            stack.enter_context(
+                Context(model, n_ctx=n_ctx, n_sequences=n, n_threads=engine.chosen_threads)
+            )
+            for n in (1, 2)
+        )
+        steps = _Steps(model, engine, one, two)
         times = []
         for done in range(-2, rounds):  # the first two warm up
             row = steps.plain(), steps.raw(), steps.aligned(), steps.thought()
@@ -144,9 +152,8 @@ def measure(
                 progress(done + 1, rounds)
         plain, raw, aligned, thought = map(_median_ms, zip(*times, strict=True))
         steps.close()
-        context.clear()
-        prefill = [_prefill(context, min(_PREFILL, n_ctx - 1)) for _ in range(3)]
-        threads = context.n_threads
+        prefill = [_prefill(one, min(_PREFILL, n_ctx - 1)) for _ in range(3)]
+        threads = one.n_threads
     own, large = (_kernels(n_vocab, rounds) for n_vocab in (model.n_vocab, _LARGE_VOCAB))
     return BenchResult(
         model=model.path.name,
@@ -171,12 +178,11 @@ def measure(
 class _Steps:
     """Steps of three kinds, all at the same depth of context."""
 
-    def __init__(self, model: Model, engine: Engine, context: Context) -> None:
+    def __init__(self, model: Model, engine: Engine, one: Context, two: Context) -> None:
         self._engine = engine
-        self._context = context
+        self._one = one
+        self._two = two
         self._tokens = _some_tokens(model, _DEPTH)
-        for sequence in range(3):
-            self._read(sequence)
         self._generation = self._begin(engine, None)
         n_ctx, n_threads = min(_THOUGHT_CTX, engine.n_ctx), engine.chosen_threads
         self._thinking = Engine(
@@ -190,14 +196,6 @@ class _Steps:
             engine.step()
         return generation
 
-    def _read(self, sequence: int) -> None:
-        rest = self._tokens
-        while len(rest):
-            part = rest[: self._context.n_batch]
-            self._context.add(sequence, part, output=False)
-            self._context.decode()
-            rest = rest[len(part) :]
-
     def _request(self) -> Request:
         weights = coefficients([1.0], PAPER_STRENGTH)
         return Request(
@@ -207,22 +205,23 @@ class _Steps:
             10**6,
         )
 
-    def _decode(self, sequences: range) -> float:
+    def _decode(self, context: Context) -> float:
+        sequences = range(context.n_sequences)
         for sequence in sequences:
-            if self._context.length(sequence) >= self._context.n_ctx:
-                self._context.free(sequence)
-                self._read(sequence)
+            if context.length(sequence) in (0, context.n_ctx):
+                context.free(sequence)
+                _read(context, sequence, self._tokens)
         for sequence in sequences:
-            self._context.add(sequence, self._tokens[:1], output=True)
+            context.add(sequence, self._tokens[:1], output=True)
         begin = time.perf_counter()
-        self._context.decode()
+        context.decode()
         return time.perf_counter() - begin
 
     def plain(self) -> float:
-        return self._decode(range(2, 3))
+        return self._decode(self._one)
 
     def raw(self) -> float:
-        return self._decode(range(2))
+        return self._decode(self._two)
 
     def aligned(self) -> float:
         if self._generation.is_finished:  # by an end of text, say
@@ -302,14 +301,16 @@ def _median_ms(seconds: Sequence[float]) -> float:
 def _prefill(context: Context, n_tokens: int) -> float:
     """Return tokens per second of reading a prompt."""
     context.clear()
-    rest = _some_tokens(context.model, n_tokens)
-    begin = time.perf_counter()
-    while len(rest):
-        part = rest[: context.n_batch]
-        rest = rest[len(part) :]
-        context.add(0, part, output=len(rest) == 0)
+    tokens = _some_tokens(context.model, n_tokens)
+    return n_tokens / _time(lambda: _read(context, 0, tokens))
+
+
+def _read(context: Context, sequence: int, tokens: np.typing.NDArray[np.int32]) -> None:
+    """Append a prompt to a sequence; the logits after it are asked for, so that a GPU is waited for."""
+    for start in range(0, len(tokens), context.n_batch):
+        part = tokens[start : start + context.n_batch]
+        context.add(sequence, part, output=start + len(part) == len(tokens))
         context.decode()
-    return n_tokens / (time.perf_counter() - begin)
 
 
 def _some_tokens(model: Model, n_tokens: int) -> np.typing.NDArray[np.int32]:
