@@ -201,8 +201,9 @@ class Engine:
                 if n_rows == len(logits):  # nothing was only read
                     self._row_times.told(n_rows, time.perf_counter() - begin)
                 for generation in ready:
-                    rows, logits = np.split(logits, [generation.n_outputs])
-                    self._advance(generation, rows)
+                    n_outputs = generation.n_outputs
+                    self._advance(generation, logits[:n_outputs])
+                    logits = logits[n_outputs:]
                 for generation in ready:
                     generation.take_back(self._sequences.context)
                 self._sequences.release()
@@ -264,7 +265,9 @@ class Engine:
             chunks[generation] = generation.chunks(budget)
             budget -= sum(chunks[generation])
         self._guess(chunks)
-        return [g for g in live if g.add_rows(context, chunks[g])]
+        for generation in live:
+            generation.add_rows(context, chunks[generation])
+        return [generation for generation in live if generation.is_ready]
 
     def _guess(self, chunks: dict[Generation, list[int]]) -> None:
         """Have what drafts propose verified, where one answer is written alone: sequences of unequal
@@ -273,7 +276,7 @@ class Engine:
         if len(chunks) != 1 or not context.can_draft:
             return
         ((generation, sizes),) = chunks.items()
-        if generation.is_ready(sizes):
+        if generation.is_ready:
             rows, each = sum(sizes), generation.n_outputs
             room = min(context.room - rows, context.n_outputs - each)
             generation.guess(Step(rows, each, room // each, self._row_times), context.n_ctx)
@@ -286,7 +289,7 @@ class Engine:
         used = [g.first_sequence + b for g in chunks for b, size in enumerate(chunks[g]) if size]
         n_filled = 0
         for generation, sizes in chunks.items():
-            if generation.is_ready(sizes):
+            if generation.is_ready:
                 for branch, sequence in enumerate(generation.sequences):
                     if sizes[branch] == 0 and min(used) < sequence < max(used) and n_filled < budget:
                         sizes[branch] = 1

@@ -31,6 +31,7 @@ class Generation(Writing):
         n_prefill: tokens to read before the first token, shared prefixes once, and branches that it does
             not need not at all.
         n_read: how many of them have been read.
+        is_ready: logits to sample from will come of the chunks that were made last.
         n_guessed, n_right: tokens that drafts proposed, and those of them that were chosen.
         submitted_at, started_at: seconds of `time.perf_counter`.
     """
@@ -44,6 +45,7 @@ class Generation(Writing):
         self.started_at: float | None = None
         self._acting = self.mixture  # of the step under way: the other may be replaced meanwhile
         self._needed: tuple[int, ...] = ()  # of its first token
+        self.is_ready = False
         self._guesses: list[int] = []
         self._n_at_once = 0  # tokens of the first step: they took no time of their own
         self._n_valid = 0  # tokens of the answer that are cached, and right
@@ -138,39 +140,33 @@ class Generation(Writing):
         chunks = [0] * self.n_branches
         if self.n_shared:
             chunks[0] = min(self.n_shared, budget)
+            self.is_ready = False
             return chunks
-        is_enough = sum(map(self.unread, self._needed)) <= budget
-        for branch in self._needed:
-            size = self.unread(branch) - (not is_enough)
-            chunks[branch] = min(size, budget)
+        unread = [self.unread(branch) for branch in self._needed]
+        self.is_ready = sum(unread) <= budget
+        for branch, size in zip(self._needed, unread, strict=True):
+            chunks[branch] = size if self.is_ready else min(size - 1, budget)
             budget -= chunks[branch]
         return chunks
 
-    def add_rows(self, context: Context, chunks: Sequence[int]) -> bool:
-        """Add so many tokens of each branch to the batch; return whether logits will come of it."""
-        is_ready = self.is_ready(chunks)
+    def add_rows(self, context: Context, chunks: Sequence[int]) -> None:
+        """Add so many tokens of each branch to the batch."""
+        guesses = np.array(self._guesses, np.int32)
         for branch, size in enumerate(chunks):
             if size:
-                start = self._n_cached[branch]
+                sequence, start = self.first_sequence + branch, self._n_cached[branch]
                 tokens = self._tokens(branch, start, start + size)
-                if is_ready and branch in self._needed:
-                    tokens = np.concatenate([tokens, np.array(self._guesses, np.int32)])
-                    n_outputs = 1 + len(self._guesses)
-                    context.add(self.first_sequence + branch, tokens, output=True, n_outputs=n_outputs)
+                if self.is_ready and branch in self._needed:
+                    if len(guesses):
+                        tokens = np.concatenate([tokens, guesses])
+                    context.add(sequence, tokens, output=True, n_outputs=1 + len(guesses))
                 else:
-                    context.add(self.first_sequence + branch, tokens, output=False)
+                    context.add(sequence, tokens, output=False)
         self._has_read_first(chunks[0])
         for branch in range(1, self.n_branches):
             self._n_cached[branch] += chunks[branch]
         if self.n_tokens == 0:
             self.n_read += sum(chunks)
-        return is_ready
-
-    def is_ready(self, chunks: Sequence[int]) -> bool:
-        """Tell whether logits to sample from will come of such chunks."""
-        return not self.n_shared and all(
-            chunks[branch] == self.unread(branch) for branch in self._needed
-        )
 
     def guess(self, step: Step, n_ctx: int) -> None:
         """Have guesses verified in the step that is ready."""
