@@ -195,7 +195,7 @@ class Context(Owner):
         position = self._lengths[sequence]
         if position + n > self.n_ctx:
             raise EngineError(f"{position} + {n} tokens do not fit into a context of {self.n_ctx}")
-        if tokens.min() < 0 or tokens.max() >= self.model.n_vocab:
+        if tokens.view(np.uint32).max() >= self.model.n_vocab:  # those below 0 are the largest so
             raise EngineError(f"a token lies outside the vocabulary of {self.model.n_vocab}")
         asked = min(n, n_outputs) if output else 0
         if self._n_outputs + asked > self.n_outputs:
