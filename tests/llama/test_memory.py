@@ -21,6 +21,7 @@ from amulet_gguf.engine import drafts
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama import memory
 from amulet_gguf.llama.available import available_bytes
+from amulet_gguf.llama.cache import CACHE_TYPES
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.gguf import Header
 from amulet_gguf.llama.memory import Estimate, cache_bytes, check_fits, compute_bytes, estimate
@@ -40,23 +41,21 @@ def logged(caplog: pytest.LogCaptureFixture, kinds: str) -> float:
 # What llama.cpp takes
 
 
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
 @pytest.mark.parametrize(("n_ctx", "n_sequences"), [(256, 1), (2048, 1), (4096, 3)])
 def test_caches_are_told_exactly_and_working_space_closely(
-    any_model: Model,
-    make_context: MakeContext,
-    caplog: pytest.LogCaptureFixture,
-    n_ctx: int,
-    n_sequences: int,
+    any_model: Model, caplog: pytest.LogCaptureFixture, n_ctx: int, n_sequences: int, cache_type: str
 ) -> None:
-    caplog.set_level(logging.DEBUG, "amulet_gguf.llama.model")
-    make_context(any_model, n_sequences, n_ctx=n_ctx)
-    text = caplog.text
-    cache = cache_bytes(any_model.header, n_ctx, n_sequences) / MIB
+    with Model(any_model.path, cache_type=cache_type) as model:
+        caplog.set_level(logging.DEBUG, "amulet_gguf.llama.model")
+        with Context(model, n_ctx=n_ctx, n_sequences=n_sequences):
+            text = caplog.text
+    cache = cache_bytes(model.header, n_ctx, n_sequences, cache_type) / MIB
     assert cache == pytest.approx(logged(caplog, "KV|RS"), abs=0.02)  # they are told in hundredths
     caplog.handler.stream.write(text)
     taken = logged(caplog, "compute|output")
-    assert taken * 0.9 - 0.1 < compute_bytes(any_model.header, n_ctx, n_sequences) / MIB
-    assert compute_bytes(any_model.header, n_ctx, n_sequences) / MIB < taken * 1.1 + 1
+    work = compute_bytes(model.header, n_ctx, n_sequences, cache_type=cache_type) / MIB
+    assert taken * 0.9 - 0.1 < work < taken * 1.1 + 1
 
 
 @pytest.mark.parametrize("kind", [2, 7, 15], ids=["Q4_0", "Q8_0", "Q4_K_M"])
