@@ -54,7 +54,7 @@ def check_cache_type(model: Header, cache_type: str) -> None:
     if cache_type not in CACHE_TYPES:
         known = ", ".join(CACHE_TYPES)
         raise SettingError(f"cache_type must be one of {known}, got {cache_type!r}", "cache_type")
-    if (fault := _fault(model, CACHE_TYPES[cache_type])) is not None:
+    if (fault := fault_of(model, cache_type)) is not None:
         raise SettingError(
             f"a KV cache of {cache_type} is not possible with this {model.architecture} model, {fault}: "
             "leave cache_type at f16",
@@ -62,9 +62,10 @@ def check_cache_type(model: Header, cache_type: str) -> None:
         )
 
 
-def _fault(model: Header, cache_type: CacheType) -> str | None:
-    """Tell what llama.cpp would refuse or end the process for."""
-    if not cache_type.is_quantized:
+def fault_of(model: Header, cache_type: str) -> str | None:
+    """Tell why the caches of a model cannot be of a type; None: they can."""
+    kind = CACHE_TYPES[cache_type]
+    if not kind.is_quantized:
         return None
     if model.architecture == "grok":
         return "for which llama.cpp has no flash attention"
@@ -76,6 +77,6 @@ def _fault(model: Header, cache_type: CacheType) -> str | None:
         model.number("attention.value_length_swa", values),
     )
     for size in (keys, values, *swa):
-        if size % cache_type.size:
-            return f"whose heads have {size} numbers, not a multiple of {cache_type.size}"
+        if size % kind.size:
+            return f"whose heads have {size} numbers, not a multiple of {kind.size}"
     return None

@@ -17,7 +17,7 @@ from typing import Final
 
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama.available import available_bytes
-from amulet_gguf.llama.cache import CACHE_TYPES, head_sizes
+from amulet_gguf.llama.cache import CACHE_TYPES, fault_of, head_sizes
 from amulet_gguf.llama.gguf import Header, Tensor, read_header, read_model, shown, size
 
 #: Context of a model that could take more: the memory of a cache grows with it.
@@ -177,10 +177,14 @@ def check_fits(
     if needed(n_ctx, n_sequences) > most:
         it = estimate(path, n_ctx, n_sequences, n_batch, cache_type)
         work = it.needed - it.weights - it.cache
+        cure = _cure(needed, n_ctx, n_sequences, most)
+        smaller = estimate(path, n_ctx, n_sequences, n_batch, "q8_0").needed
+        if smaller <= most and fault_of(header, "q8_0") is None:
+            cure += ", or with --cache-type q8_0"
         raise EngineError(
             f"{shown(Path(path.name))} would need {_gb(it.needed)} GB (weights {_gb(it.weights)}, cache "
             f"of {n_sequences} x {n_ctx} tokens {_gb(it.cache)}, work {_gb(work)}) and {_gb(most)} GB "
-            f"are free: {_cure(needed, n_ctx, n_sequences, most)}"
+            f"are free: {cure}"
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tiny_models
 from fixture_types import Load, MakeContext, Tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,12 +141,31 @@ def test_what_cannot_fit_names_what_would(tiny: Tiny, load: Load) -> None:
         pass
 
 
+def test_a_smaller_cache_is_named_where_it_would_do(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cure(path: Path, available: int) -> str:
+        with pytest.raises(EngineError) as caught:
+            check_fits(path, 4096, 2, available=available)
+        return str(caught.value)
+
+    path = tiny("llama")
+    smaller = estimate(path, 4096, 2, cache_type="q8_0").needed
+    assert cure(path, smaller).endswith(", or with --cache-type q8_0")
+    assert "cache-type" not in cure(path, smaller - 1)
+    check_fits(path, 4096, 2, cache_type="q8_0", available=smaller)
+    monkeypatch.setitem(tiny_models.SIZES, "h", 16)  # heads that are no whole blocks
+    path = tiny_models.build("llama", tmp_path / "small-heads.gguf")
+    assert "cache-type" not in cure(path, needed(path, 4096, 2) - 1)
+
+
 def test_sixteen_million_tokens_are_refused_before_the_model_is_loaded(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 24 * 10**9)
     monkeypatch.setattr(amulet, "Model", None)
-    with pytest.raises(EngineError, match=r"it would fit with --n-ctx \d{7,8}\Z") as caught:
+    cure = r"with --n-ctx \d{7,8}, or with --cache-type q8_0\Z"
+    with pytest.raises(EngineError, match=cure) as caught:
         Amulet.load(tiny("llama"), n_ctx=2**24)
     assert "\n" not in str(caught.value)
 
