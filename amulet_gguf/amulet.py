@@ -202,7 +202,8 @@ class Amulet:
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
             ConfigError: the default model is asked for, and the configuration has a mistake.
-            SettingError: a number out of range, rpc not possible, a draft model of another vocabulary.
+            SettingError: a number out of range, a cache type that the model cannot have, rpc not
+                possible, a draft model of another vocabulary.
             EngineError: not enough memory (see `amulet_gguf.llama.memory.check_fits`), or an RPC server
                 cannot be reached.
         """

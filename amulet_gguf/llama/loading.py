@@ -70,8 +70,8 @@ class Loading(Declared):
     )
     cache_type: str = setting(
         "f16",
-        "Numbers of the KV cache: q8_0 halves its memory, q4_0 quarters it and blurs small models; both "
-        "are slower on a CPU where contexts are long.",
+        "Numbers of the KV cache: q8_0 halves its memory, q4_0 quarters it at a cost in quality; with "
+        "either, a CPU reads long prompts about half as fast.",
         "choice",
         choices=tuple(CACHE_TYPES),
     )
