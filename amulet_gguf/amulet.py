@@ -66,22 +66,29 @@ def load_model(
         loading, n_sequences = dataclasses.replace(loading, n_ctx=MIN_N_CTX), 1
     n_fit = None
     if loading.n_gpu_layers is None and loading.rpc is None and can_offload():
-        n_fit = offload(file, loading.n_ctx, n_sequences, devices(), loading.n_batch).n_layers
+        n_fit = offload(
+            file, loading.n_ctx, n_sequences, devices(), loading.n_batch, loading.cache_type
+        ).n_layers
     n_layers = loading.n_gpu_layers if n_fit is None else n_fit
     if loading.rpc is None and (n_layers == 0 or not can_offload()):
-        check_fits(file, loading.n_ctx, n_sequences, loading.n_batch)
+        check_fits(file, loading.n_ctx, n_sequences, loading.n_batch, loading.cache_type)
     if is_new and loading.rpc is None:
         try_out(file, n_layers, progress)
     template = None if loading.chat_template is None else _read(loading.chat_template)
 
     def load(n_layers: int | None) -> Model:
         return Model(
-            file, n_gpu_layers=n_layers, rpc=loading.rpc, chat_template=template, progress=progress
+            file,
+            n_gpu_layers=n_layers,
+            cache_type=loading.cache_type,
+            rpc=loading.rpc,
+            chat_template=template,
+            progress=progress,
         )
 
     def load_beside_context(n_layers: int) -> Model:
         if n_layers == 0:
-            check_fits(file, loading.n_ctx, n_sequences, loading.n_batch)
+            check_fits(file, loading.n_ctx, n_sequences, loading.n_batch, loading.cache_type)
         model = load(n_layers)
         try:
             _context(model, loading, n_sequences).close()
@@ -136,8 +143,8 @@ def _read(path: str | os.PathLike[str]) -> str:
 
 def _drafter(model: Model, loading: Loading, n_ctx: int) -> Drafter:
     """Load the draft model."""
-    small = dataclasses.replace(
-        loading, model=loading.draft_model, n_ctx=n_ctx, rpc=None, chat_template=None
+    small = dataclasses.replace(  # its one sequence takes little, and what it is for is speed
+        loading, model=loading.draft_model, n_ctx=n_ctx, cache_type="f16", rpc=None, chat_template=None
     )
     with contextlib.ExitStack() as failed:
         drafting = failed.enter_context(load_model(small, n_sequences=1))
@@ -195,7 +202,8 @@ class Amulet:
         Raises:
             ModelNotFoundError, ModelFormatError: the file is missing or cannot be used.
             ConfigError: the default model is asked for, and the configuration has a mistake.
-            SettingError: a number out of range, rpc not possible, a draft model of another vocabulary.
+            SettingError: a number out of range, a cache type that the model cannot have, rpc not
+                possible, a draft model of another vocabulary.
             EngineError: not enough memory (see `amulet_gguf.llama.memory.check_fits`), or an RPC server
                 cannot be reached.
         """

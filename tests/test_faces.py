@@ -185,6 +185,7 @@ def test_options_of_llm(name: str) -> None:
         ("n_gpu_layers", 0),
         ("n_threads", 1),
         ("n_batch", 64),
+        ("cache_type", "q8_0"),
         ("rpc", "a:1"),
         ("model", "m"),
         ("draft_model", "m"),

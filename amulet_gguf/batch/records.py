@@ -59,6 +59,15 @@ class Record:
         return digest(dataclasses.asdict(self) | {"model": model})
 
 
+def identity(model: Path, cache_type: str = "f16") -> str:
+    """Return what tells a model file and the type of its caches from others, without reading it."""
+    try:
+        name = f"{model.name} {model.stat().st_size}"
+    except OSError:
+        name = model.name  # loading it will say what is wrong
+    return name if cache_type == "f16" else f"{name} {cache_type}"  # as before there were others
+
+
 def digest(content: Any) -> str:
     """Return 16 hex digits that tell JSON values apart."""
     text = json.dumps(content, sort_keys=True, default=repr)

@@ -74,11 +74,12 @@ def size_batch(
             progress(number, len(records))
     size = n_ctx or min(longest, limit)
     if parallel is None:
-        one = cache_bytes(model.header, size, branches)
+        one = cache_bytes(model.header, size, branches, model.cache_type)
         fitting = int(available_bytes() * _MEMORY_SHARE / max(1, one))
         parallel = max(1, min(_ROWS // branches, fitting, len(records)))
     n_sequences = parallel * branches
-    return BatchSize(parallel, n_sequences, size, total, estimate(model.path, size, n_sequences))
+    memory = estimate(model.path, size, n_sequences, cache_type=model.cache_type)
+    return BatchSize(parallel, n_sequences, size, total, memory)
 
 
 def answers(

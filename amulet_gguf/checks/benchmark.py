@@ -55,7 +55,7 @@ class BenchResult:
         combine_sample_ms: `combine` without mask, then temperature 0.8 and top-p 0.95.
         prefill_tokens_per_s: of a prompt of 512 tokens (or what fits) in one sequence.
         resident_bytes: of the process after a generation with one preference.
-        model_bytes, cache_bytes: of the file, and of the KV cache (float16, two sequences).
+        model_bytes, cache_bytes: of the file, and of the KV cache (two sequences).
     """
 
     model: str
@@ -170,7 +170,7 @@ def measure(
         prefill_tokens_per_s=statistics.median(prefill),
         resident_bytes=resident,
         model_bytes=model.path.stat().st_size,
-        cache_bytes=cache_bytes(model.header, n_ctx, 2),
+        cache_bytes=cache_bytes(model.header, n_ctx, 2, model.cache_type),
         large=large,
     )
 

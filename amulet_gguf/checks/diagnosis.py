@@ -87,14 +87,20 @@ def _processor() -> Check:
 
 
 def _offload() -> Check:
+    from amulet_gguf.home.config import load_config
     from amulet_gguf.llama.devices import devices, offload
+    from amulet_gguf.llama.loading import LOADING, Loading
     from amulet_gguf.models.find import find_model
 
     if found := devices():
         value = ", ".join(map(str, found))
         with contextlib.suppress(ModelError, ConfigError):  # another check says what is wrong there
             path = find_model()
-            value += f": {offload(path, None, 2, found)} of {path.name} go there"
+            config = load_config()
+            profile = config.values(config.profile) if config.profile else {}
+            how = Loading(**{name: each for name, each in profile.items() if name in LOADING})
+            fits = offload(path, how.n_ctx, 2, found, how.n_batch, how.cache_type)
+            value += f": {fits} of {path.name} go there"
         return Check("offload", "ok", value)
     cure = f"with a GPU: CMAKE_ARGS=-DGGML_CUDA=on {_REBUILD} (or GGML_METAL, GGML_VULKAN)"
     return Check("offload", "warning", "llama.cpp was built for the CPU alone", cure)

@@ -110,7 +110,7 @@ def batch(
     loading, settings = loading_from(options), settings_from(options)
     if loading.rpc is not None and address is not None:
         raise click.UsageError("--ray gives each worker a whole model, --rpc parts of one: choose")
-    from amulet_gguf.batch.records import MAX_BYTES, dated, read_input, read_records
+    from amulet_gguf.batch.records import MAX_BYTES, dated, identity, read_input, read_records
 
     if input == "-":
         records = read_records(read_stdin(MAX_BYTES), settings)
@@ -125,7 +125,7 @@ def batch(
     with loaded_model(loading) as loaded:
         records = dated(records, loaded.chat_template)
         path = loaded.path
-        name = f"{path.name} {path.stat().st_size}"
+        name = identity(path, loaded.cache_type)
         keys = {record.line: record.key(name) for record in records}
         if dry_run and not output.exists():
             _show(records, records, _size(loaded, records, parallel, loading.n_ctx))

@@ -15,6 +15,7 @@ from amulet_gguf.cli.pull import pull
 from amulet_gguf.cli.terminal import echo, echo_json
 from amulet_gguf.errors import AmuletError, ModelNotFoundError
 from amulet_gguf.home.text import on_one_line
+from amulet_gguf.llama.cache import CACHE_TYPES, check_cache_type
 
 if TYPE_CHECKING:
     from amulet_gguf.models.find import Installed
@@ -70,9 +71,10 @@ def list_models(as_json: bool) -> None:
 @models.command()
 @click.argument("name", required=False, shell_complete=complete_models)
 @click.option("-c", "--n-ctx", type=click.IntRange(1, 2**24), default=4096, show_default=True)
+@click.option("--cache-type", type=click.Choice(list(CACHE_TYPES)), default="f16", show_default=True)
 @click.option("--template", is_flag=True, help="Write the chat template alone.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
-def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
+def show(name: str | None, n_ctx: int, cache_type: str, template: bool, as_json: bool) -> None:
     """Show what a model is, and the memory it will need."""
     from amulet_gguf.llama.devices import devices, offload
     from amulet_gguf.llama.gguf import parts, read_model
@@ -91,8 +93,9 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
     n_parameters = header.n_parameters
     auto = auto_for(n_parameters)
     found = devices()
-    offloaded = offload(path, n_ctx, 2, found)
-    memory = {n: estimate(path, n_ctx, 1 + n).total for n in (0, 1, 2)}
+    check_cache_type(header, cache_type)
+    offloaded = offload(path, n_ctx, 2, found, cache_type=cache_type)
+    memory = {n: estimate(path, n_ctx, 1 + n, cache_type=cache_type).total for n in (0, 1, 2)}
     record: dict[str, Any] = {
         "path": str(path),
         "name": header.text("general.name"),
@@ -110,6 +113,7 @@ def show(name: str | None, n_ctx: int, template: bool, as_json: bool) -> None:
         "chat_template": source or None,
         "memory": {
             "n_ctx": n_ctx,
+            "cache_type": cache_type,
             "without_preference": memory[0],
             "one_preference": memory[1],
             "two_preferences": memory[2],

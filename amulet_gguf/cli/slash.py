@@ -209,7 +209,8 @@ def _save(chat: Chat, text: str) -> None:
         cached = chat.conversation.save_cache()
         if cached is None:
             raise SettingError("nothing of the conversation is cached yet")
-        path = sessions.save_cache(name, chat.conversation.amulet.model.path, *cached)
+        model = chat.conversation.amulet.model
+        path = sessions.save_cache(name, model.path, *cached, model.cache_type)
         chat.tell(f"saved: {path} ({path.stat().st_size / 1e6:,.0f} MB)")
 
 

@@ -267,7 +267,8 @@ class Chat:
         self.name = name
         begin = time.perf_counter()
         try:
-            cached = sessions.load_cache(name, conversation.amulet.model.path)
+            model = conversation.amulet.model
+            cached = sessions.load_cache(name, model.path, model.cache_type)
             if cached is not None:
                 conversation.restore_cache(*cached)
                 self.tell(

@@ -1,7 +1,7 @@
 """Saved conversations: what was said as JSON, and beside it, if wanted, its KV cache.
 
 The second file makes a long conversation resume at once. It is never needed: if it is damaged, or of
-another model or version of llama.cpp, the conversation is read again.
+another model, type or version of llama.cpp, the conversation is read again.
 """
 
 from __future__ import annotations
@@ -194,15 +194,18 @@ def _settings(value: dict[str, Any]) -> Settings:
     return Settings(**told)
 
 
-def save_cache(name: str, model: Path, cached: Encoded, data: bytes) -> Path:
+def save_cache(name: str, model: Path, cached: Encoded, data: bytes, cache_type: str = "f16") -> Path:
     """Write the cache of a session beside it.
+
+    Args:
+        cache_type: of its numbers; they can be read into a cache of the same alone.
 
     Raises:
         SessionError: the file cannot be written.
     """
     path = session_path(name).with_suffix(".kv")
     tokens = cached.tokens.astype("<i4").tobytes()
-    description = {**_origin(model), "n_tokens": len(cached.tokens), "text": cached.text}
+    description = {**_origin(model, cache_type), "n_tokens": len(cached.tokens), "text": cached.text}
     about = json.dumps(description).encode()
     checksum = hashlib.sha256()
     try:
@@ -216,11 +219,11 @@ def save_cache(name: str, model: Path, cached: Encoded, data: bytes) -> Path:
     return path
 
 
-def load_cache(name: str, model: Path) -> tuple[Encoded, bytes] | None:
+def load_cache(name: str, model: Path, cache_type: str = "f16") -> tuple[Encoded, bytes] | None:
     """Return what was saved by `save_cache`; None if there is nothing.
 
     Raises:
-        SessionError: the file is damaged, or not of this model and this version of llama.cpp.
+        SessionError: the file is damaged, or not of this model, type and version of llama.cpp.
     """
     import numpy as np
     import psutil
@@ -241,9 +244,10 @@ def load_cache(name: str, model: Path) -> tuple[Encoded, bytes] | None:
         content, checksum = memoryview(blob)[:-32], blob[-32:]
         if hashlib.sha256(content).digest() != checksum:
             raise SessionError(f"{path.name} is damaged (checksum)")
-        about = json.loads(blob[_HEAD.size : _HEAD.size + n_about])
-        if {key: about.get(key) for key in _origin(model)} != _origin(model):
-            raise SessionError(f"{path.name} was saved with another model or llama.cpp")
+        about = {"cache_type": "f16", **json.loads(blob[_HEAD.size : _HEAD.size + n_about])}
+        origin = _origin(model, cache_type)
+        if {key: about.get(key) for key in origin} != origin:
+            raise SessionError(f"{path.name} was saved with another model, cache type or llama.cpp")
         n_tokens = 4 * about["n_tokens"]
         tokens = content[_HEAD.size + n_about : -n_data]
         if len(tokens) != n_tokens or n_data <= 0:
@@ -261,8 +265,9 @@ def _parts(about: bytes, tokens: bytes, data: bytes) -> Iterator[bytes]:
     yield data
 
 
-def _origin(model: Path) -> dict[str, Any]:
-    """Return what a cache is tied to: the weights, known by size and first megabyte, and llama.cpp."""
+def _origin(model: Path, cache_type: str) -> dict[str, Any]:
+    """Return what a cache is tied to: the weights, known by size and first megabyte, the type of its
+    numbers, and llama.cpp."""
     from importlib import metadata  # takes as long as all of the command line
 
     with model.open("rb") as file:
@@ -270,5 +275,6 @@ def _origin(model: Path) -> dict[str, Any]:
     return {
         "model": beginning,
         "model_bytes": model.stat().st_size,
+        "cache_type": cache_type,
         "llama_cpp": metadata.version("llama-cpp-python"),
     }

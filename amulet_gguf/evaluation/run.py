@@ -12,7 +12,7 @@ import numpy as np
 
 from amulet_gguf.amulet import Amulet, load_model
 from amulet_gguf.batch.journal import Journal
-from amulet_gguf.batch.records import Record, digest
+from amulet_gguf.batch.records import Record, digest, identity
 from amulet_gguf.batch.run import answers, result, size_batch
 from amulet_gguf.errors import BatchError, PromptTooLongError, SettingError
 from amulet_gguf.evaluation.questions import make_records
@@ -57,7 +57,8 @@ class Evaluation:
         folder: where everything is written and found again.
         questions, preferences: every method answers every question for every preference.
         methods: settings by name.
-        loading: of the model that answers, and how; the others are loaded in the same way.
+        loading: of the model that answers, and how; the others are loaded in the same way, but that
+            they measure with caches in float16.
         reward: model that says how probable answers are; not the one that answers. None leaves out
             perplexity, reward and likelihood.
         judge: model that compares answers in pairs; None leaves that out.
@@ -112,7 +113,7 @@ class Evaluation:
     def _answer(self, parallel: int | None, progress: Progress) -> list[Response]:
         path = find_model(self.loading.model)
         records = make_records(self.questions, self.preferences, self.methods)
-        keys = {record.line: record.key(identity(path)) for record in records}
+        keys = {record.line: record.key(identity(path, self.loading.cache_type)) for record in records}
         with Journal(self.folder / "responses.jsonl", keys) as journal:
             todo = [record for record in records if record.line not in journal.done]
             if todo:
@@ -154,6 +155,9 @@ class Evaluation:
                 if response.preference in (preference, ""):
                     yield response, preference
 
+    def _measuring(self, model: str | None) -> Loading:
+        return replace(self.loading, model=model, cache_type="f16")
+
     def _reward(self, responses: Sequence[Response], progress: Progress) -> Iterator[Value]:
         name = identity(find_model(self.reward))
         pairs = sorted(self._pairs(responses), key=lambda pair: (pair[0].question, pair[1]))
@@ -163,7 +167,7 @@ class Evaluation:
         }
         with Journal(self.folder / "rewards.jsonl", keys) as journal:
             if len(journal.done) < len(pairs):
-                with Scorer(replace(self.loading, model=self.reward), _on_load(progress)) as scorer:
+                with Scorer(self._measuring(self.reward), _on_load(progress)) as scorer:
                     for line, (response, preference) in enumerate(pairs, 1):
                         if line not in journal.done:
                             journal.append(line, _likelihoods(scorer, response, preference))
@@ -194,7 +198,7 @@ class Evaluation:
         }
         with Journal(self.folder / "judgements.jsonl", keys) as journal:
             if len(journal.done) < len(pairs):
-                with Scorer(replace(self.loading, model=self.judge), _on_load(progress)) as scorer:
+                with Scorer(self._measuring(self.judge), _on_load(progress)) as scorer:
                     for line, (response, preference) in enumerate(pairs, 1):
                         if line not in journal.done:
                             other = others[response.question, preference]
@@ -213,14 +217,6 @@ class Evaluation:
 
 def _on_load(progress: Progress) -> Callable[[float], None]:
     return lambda fraction: progress("Loading the model", round(100 * fraction), 100)
-
-
-def identity(path: Path) -> str:
-    """Return what tells a model file from others, without reading it."""
-    try:
-        return f"{path.name} {path.stat().st_size}"
-    except OSError:
-        return path.name  # loading it will say what is wrong
 
 
 def _response(record: Record, found: Mapping[str, Any]) -> Response:

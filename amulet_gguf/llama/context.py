@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 
 from amulet_gguf.errors import EngineError, NoRoomError, SettingError
+from amulet_gguf.llama.cache import CACHE_TYPES
 from amulet_gguf.llama.devices import N_BATCH
 from amulet_gguf.llama.handle import Handle, Owner
 from amulet_gguf.llama.memory import DEFAULT_N_BATCH, check_context
@@ -98,7 +99,7 @@ class Context(Owner):
             )
 
         if not is_offloaded:  # a GPU's own memory: llama.cpp tells when there is no room
-            check_context(model.header, n_ctx, n_sequences, n_batch)
+            check_context(model.header, n_ctx, n_sequences, n_batch, model.cache_type)
 
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = n_ctx * n_sequences
@@ -107,7 +108,11 @@ class Context(Owner):
         parameters.n_outputs_max = n_outputs
         parameters.n_threads = parameters.n_threads_batch = self.n_threads
         parameters.kv_unified = False
-        if not is_offloaded:
+        cache_type = CACHE_TYPES[model.cache_type]
+        parameters.type_k = parameters.type_v = cache_type.kind
+        if cache_type.is_quantized:  # other ways of attention cannot read such values
+            parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        elif not is_offloaded:
             # On a CPU, reading at 2,000 tokens of context is 1.2 to 1.7 times as fast without.
             parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.model = model

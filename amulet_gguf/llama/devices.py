@@ -110,7 +110,12 @@ def _ask(device: int, base: ctypes.CDLL) -> Device:
 
 
 def offload(
-    path: Path, n_ctx: int | None, n_sequences: int, on: Sequence[Device], n_batch: int | None = None
+    path: Path,
+    n_ctx: int | None,
+    n_sequences: int,
+    on: Sequence[Device],
+    n_batch: int | None = None,
+    cache_type: str = "f16",
 ) -> Offload:
     """Tell how many layers of a model fit on devices, with their cache and work space.
 
@@ -118,6 +123,7 @@ def offload(
         n_ctx, n_sequences: of the context; n_ctx None: as `check_fits`.
         on: the devices.
         n_batch: rows of a batch. None: `N_BATCH`.
+        cache_type: of the context.
 
     Raises:
         ModelNotFoundError, ModelFormatError: the file cannot be read.
@@ -125,7 +131,7 @@ def offload(
     header = read_model(path)
     n_ctx = n_ctx or min(DEFAULT_N_CTX, header.n_ctx_train or DEFAULT_N_CTX)
     layers = _layers(header)
-    cache = cache_bytes(header, n_ctx, n_sequences)
+    cache = cache_bytes(header, n_ctx, n_sequences, cache_type)
     for i in range(len(layers) - 1):  # as if all were alike
         layers[i] += -(-cache // (len(layers) - 1))
     work = _work(header, n_ctx, n_batch or N_BATCH)

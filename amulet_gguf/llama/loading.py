@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, TypedDict
 
 from amulet_gguf.declaration import Declared, declared, setting
+from amulet_gguf.llama.cache import CACHE_TYPES
 
 
 class LoadOptions(TypedDict, total=False):
@@ -16,6 +17,7 @@ class LoadOptions(TypedDict, total=False):
     n_gpu_layers: int | None
     n_threads: int | None
     n_batch: int | None
+    cache_type: str
     rpc: str | None
     draft_model: str | os.PathLike[str] | None
     chat_template: str | os.PathLike[str] | None
@@ -66,6 +68,13 @@ class Loading(Declared):
         high=2**31 - 1,
         otherwise="128, on a GPU 512",
     )
+    cache_type: str = setting(
+        "f16",
+        "Numbers of the KV cache: q8_0 halves its memory, q4_0 quarters it at a cost in quality; with "
+        "either, a CPU reads long prompts about half as fast.",
+        "choice",
+        choices=tuple(CACHE_TYPES),
+    )
     rpc: str | None = setting(
         None,
         "Spread the model over llama.cpp's RPC servers, on a network that you trust.",
@@ -102,6 +111,7 @@ class Loading(Declared):
             "n_gpu_layers": self.n_gpu_layers,
             "n_threads": self.n_threads,
             "n_batch": self.n_batch,
+            "cache_type": self.cache_type,
             "rpc": self.rpc,
             "draft_model": self.draft_model,
             "chat_template": self.chat_template,

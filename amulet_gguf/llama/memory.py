@@ -17,6 +17,7 @@ from typing import Final
 
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama.available import available_bytes
+from amulet_gguf.llama.cache import CACHE_TYPES, fault_of, head_sizes
 from amulet_gguf.llama.gguf import Header, Tensor, read_header, read_model, shown, size
 
 #: Context of a model that could take more: the memory of a cache grows with it.
@@ -53,7 +54,7 @@ class Estimate:
         weights: the file or files, mapped into memory.
         repacked: of them, what llama.cpp copies into the order that this processor likes best. The
             original is not read again, and the system can take its memory back.
-        cache: keys and values of all sequences in float16, and the state of recurrent layers.
+        cache: keys and values of all sequences, and the state of recurrent layers.
         compute: llama.cpp's working space, and logits.
         program: everything else: Python, compiled kernels, the vocabulary.
     """
@@ -74,13 +75,16 @@ class Estimate:
         return self.total - self.repacked - _PROGRAM
 
 
-def estimate(path: Path, n_ctx: int, n_sequences: int, n_batch: int | None = None) -> Estimate:
+def estimate(
+    path: Path, n_ctx: int, n_sequences: int, n_batch: int | None = None, cache_type: str = "f16"
+) -> Estimate:
     """Estimate the memory of a process that has filled the contexts of a model.
 
     Args:
         path: the model's only or first file.
         n_ctx: tokens of each sequence.
         n_batch: rows of one decode; None: what a context takes by itself.
+        cache_type: a name of `CACHE_TYPES`, as for all that follows.
 
     Raises:
         ModelNotFoundError, ModelFormatError: a file cannot be read.
@@ -89,14 +93,14 @@ def estimate(path: Path, n_ctx: int, n_sequences: int, n_batch: int | None = Non
     return Estimate(
         weights=size(path),
         repacked=_repacked_bytes(model.tensors),
-        cache=cache_bytes(model, n_ctx, n_sequences),
-        compute=compute_bytes(model, n_ctx, n_sequences, n_batch),
+        cache=cache_bytes(model, n_ctx, n_sequences, cache_type),
+        compute=compute_bytes(model, n_ctx, n_sequences, n_batch, cache_type),
         program=_PROGRAM + _KERNELS + _PER_TOKEN_OF_VOCABULARY * model.n_vocab,
     )
 
 
-def cache_bytes(model: Header, n_ctx: int, n_sequences: int) -> int:
-    """Return the bytes of a cache: keys and values of tokens in float16, states of sequences in float32.
+def cache_bytes(model: Header, n_ctx: int, n_sequences: int, cache_type: str = "f16") -> int:
+    """Return the bytes of a cache: keys and values of tokens, states of sequences in float32.
 
     Layers with a sliding window are kept whole, too: so that what is cached can be reused.
     """
@@ -104,23 +108,26 @@ def cache_bytes(model: Header, n_ctx: int, n_sequences: int) -> int:
     kv_heads = model.per_layer("attention.head_count_kv", _n_heads(model))
     attending = [heads for layer, heads in zip(layers, kv_heads, strict=True) if layer != "recurrent"]
     n_recurrent = sum(layer != "attending" for layer in layers)
-    head_size = model.number("embedding_length") // max(1, _n_heads(model))
-    keys = model.number("attention.key_length", head_size)
-    values = model.number("attention.value_length", head_size)
+    keys, values = head_sizes(model)
     if model.number("attention.key_length_mla"):
         values = 0  # they are made of the keys
     attending = attending[: max(0, len(attending) - model.number("attention.shared_kv_layers"))]
-    # Without flash attention, all layers get room for the largest values.
-    widest = values * max(attending, default=0) * sum(heads > 0 for heads in attending)
-    per_token = 2 * (keys * sum(attending) + widest)
+    value_heads = sum(attending)
+    kind = CACHE_TYPES[cache_type]
+    if not kind.is_quantized:  # without flash attention, all layers get room for the largest values
+        value_heads = max(attending, default=0) * sum(heads > 0 for heads in attending)
+    per_token = (keys * sum(attending) + values * value_heads) * kind.n_bytes // kind.size
     return n_sequences * (per_token * _padded(n_ctx) + 4 * n_recurrent * _state_size(model))
 
 
-def compute_bytes(model: Header, n_ctx: int, n_sequences: int, n_batch: int | None = None) -> int:
-    """Estimate llama.cpp's working space without flash attention, and the logits of its outputs.
+def compute_bytes(
+    model: Header, n_ctx: int, n_sequences: int, n_batch: int | None = None, cache_type: str = "f16"
+) -> int:
+    """Estimate llama.cpp's working space, and the logits of its outputs.
 
     The memory of a step of a layer is used again for the next one, so that the largest counts: scores of
-    all heads for all that is cached, or the feed-forward network, or logits.
+    all heads for all that is cached, or the feed-forward network, or logits. Flash attention, which
+    quantized caches need, does without those scores.
     """
     n_ctx = _padded(n_ctx)
     rows = min(n_batch or max(n_sequences, DEFAULT_N_BATCH), n_ctx * n_sequences)
@@ -134,9 +141,11 @@ def compute_bytes(model: Header, n_ctx: int, n_sequences: int, n_batch: int | No
     experts = model.number("expert_feed_forward_length") * model.number("expert_used_count")
     feed_forward = 3 * max(*model.per_layer("feed_forward_length", 0), experts, 0) + 4 * width
     logits = max(n_sequences, min(rows, _OUTPUTS)) * model.n_vocab
-    largest = max(rows * (n_heads * n_ctx + 6 * width), rows * feed_forward, logits)
+    has_flash = CACHE_TYPES[cache_type].is_quantized
+    scores = 0 if has_flash else n_heads * n_ctx
+    largest = max(rows * (scores + 6 * width), rows * feed_forward, logits)
     outputs = n_sequences * (model.n_vocab + _state_size(model))
-    return 4 * (largest + rows * masks + outputs)
+    return 4 * (largest + outputs) + (2 if has_flash else 4) * rows * masks
 
 
 def check_fits(
@@ -144,6 +153,7 @@ def check_fits(
     n_ctx: int | None,
     n_sequences: int,
     n_batch: int | None = None,
+    cache_type: str = "f16",
     available: int | None = None,
 ) -> None:
     """Refuse a model that the machine cannot hold, before it is loaded.
@@ -161,20 +171,24 @@ def check_fits(
     n_ctx = n_ctx or min(DEFAULT_N_CTX, header.n_ctx_train or DEFAULT_N_CTX)
 
     def needed(n_ctx: int, n_sequences: int) -> int:
-        return estimate(path, n_ctx, n_sequences, n_batch).needed
+        return estimate(path, n_ctx, n_sequences, n_batch, cache_type).needed
 
     most = available_bytes() if available is None else available
     if needed(n_ctx, n_sequences) > most:
-        it = estimate(path, n_ctx, n_sequences, n_batch)
+        it = estimate(path, n_ctx, n_sequences, n_batch, cache_type)
         work = it.needed - it.weights - it.cache
+        cure = _cure(needed, n_ctx, n_sequences, most)
+        smaller = estimate(path, n_ctx, n_sequences, n_batch, "q8_0").needed
+        if smaller <= most and fault_of(header, "q8_0") is None:
+            cure += ", or with --cache-type q8_0"
         raise EngineError(
             f"{shown(Path(path.name))} would need {_gb(it.needed)} GB (weights {_gb(it.weights)}, cache "
             f"of {n_sequences} x {n_ctx} tokens {_gb(it.cache)}, work {_gb(work)}) and {_gb(most)} GB "
-            f"are free: {_cure(needed, n_ctx, n_sequences, most)}"
+            f"are free: {cure}"
         )
 
 
-def check_context(model: Header, n_ctx: int, n_sequences: int, n_batch: int) -> None:
+def check_context(model: Header, n_ctx: int, n_sequences: int, n_batch: int, cache_type: str) -> None:
     """Refuse a context that the machine cannot hold: the system might end the process instead.
 
     Raises:
@@ -182,7 +196,8 @@ def check_context(model: Header, n_ctx: int, n_sequences: int, n_batch: int) -> 
     """
 
     def needed(n_ctx: int, n_sequences: int) -> int:
-        return cache_bytes(model, n_ctx, n_sequences) + compute_bytes(model, n_ctx, n_sequences, n_batch)
+        cache = cache_bytes(model, n_ctx, n_sequences, cache_type)
+        return cache + compute_bytes(model, n_ctx, n_sequences, n_batch, cache_type)
 
     n_bytes, most = needed(n_ctx, n_sequences), available_bytes()
     if n_bytes > most:

@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 
 from amulet_gguf.errors import EngineError, ModelFormatError, NoRoomError, SettingError
+from amulet_gguf.llama.cache import check_cache_type
 from amulet_gguf.llama.gguf import Header, check_magic, read_model, shown
 from amulet_gguf.llama.handle import Handle, Owner, check_process, in_use
 from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
@@ -97,6 +98,7 @@ class Model(Owner):
         n_vocab: tokens of the vocabulary, V.
         n_ctx_train: tokens of context the model was trained on.
         n_gpu_layers: layers asked to run on the GPU; -1 means all.
+        cache_type: of the numbers in the KV caches of its contexts, a name of `CACHE_TYPES`.
         chat_template: Jinja, or None: its file has none, and nobody gave another.
     """
 
@@ -105,6 +107,7 @@ class Model(Owner):
         path: str | os.PathLike[str],
         *,
         n_gpu_layers: int | None = None,
+        cache_type: str = "f16",
         rpc: str | None = None,
         chat_template: str | None = None,
         progress: Callable[[float], None] | None = None,
@@ -115,6 +118,7 @@ class Model(Owner):
             path: a GGUF file; for a split one, its first part.
             n_gpu_layers: layers to run on the GPU, -1 for all. None: all where the installed llama.cpp
                 can offload, else 0. `amulet_gguf.llama.devices.offload` tells how many fit.
+            cache_type: "f16", "q8_0" or "q4_0".
             rpc: RPC servers whose devices count as GPUs, "HOST:PORT,HOST:PORT". All models that the
                 process loads later use them too.
             chat_template: instead of the file's own.
@@ -123,7 +127,8 @@ class Model(Owner):
         Raises:
             ModelNotFoundError: no such file.
             ModelFormatError: not a GGUF file, a damaged one, or not a model that writes text.
-            SettingError: n_gpu_layers out of range, rpc malformed or not built in.
+            SettingError: n_gpu_layers out of range, a cache_type that the model cannot have, or rpc
+                malformed or not built in.
             EngineError: an RPC server cannot be reached.
             NoRoomError: llama.cpp could not have the memory.
             ClosedError: this process was forked from one that used llama.cpp.
@@ -134,6 +139,9 @@ class Model(Owner):
         servers = [] if rpc is None else parse_servers(rpc)
         self.path = Path(path)
         check_magic(self.path)
+        if cache_type != "f16":
+            check_cache_type(self.header, cache_type)
+        self.cache_type = cache_type
         _set_up()
         if servers:
             add_servers(servers)

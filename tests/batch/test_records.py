@@ -14,8 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amulet_gguf.batch.records import RESULT_FIELDS, Record, dated, digest, read_input, read_records
+from amulet_gguf.batch.records import (
+    RESULT_FIELDS,
+    Record,
+    dated,
+    digest,
+    identity,
+    read_input,
+    read_records,
+)
 from amulet_gguf.errors import BatchError
+from amulet_gguf.llama.cache import CACHE_TYPES
 from amulet_gguf.preferences import Preference
 from amulet_gguf.settings import Settings
 
@@ -396,6 +405,14 @@ def test_the_key_changes_with_whatever_could_change_the_result() -> None:
     record = only(base)
     assert record.key("m") != record.key("n")
     assert record.key("m") != read(b"\n" + lines([base]))[0].key("m")
+
+
+def test_a_model_is_told_by_its_file_and_the_type_of_its_caches(tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    assert identity(model) == "m.gguf"
+    model.write_bytes(b"GGUF")
+    assert identity(model) == identity(model, "f16") == "m.gguf 4"  # of answers before there were others
+    assert len({identity(model, name) for name in CACHE_TYPES}) == len(CACHE_TYPES)
 
 
 def test_a_digest_tells_values_apart_whatever_their_order() -> None:

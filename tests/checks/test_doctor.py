@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from fixture_types import Tiny
 
 from amulet_gguf.checks import diagnosis
 from amulet_gguf.cli import main
+from amulet_gguf.llama import devices
+from amulet_gguf.llama.cache import CACHE_TYPES
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +80,21 @@ def test_an_unexpected_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "FAIL  threads" in result.stdout
     assert "RuntimeError: boom boom" in result.stdout
     assert "Traceback" not in result.output
+
+
+def test_layers_are_counted_as_the_default_profile_loads_them(
+    home: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMULET_MODEL", str(tiny("llama")))
+    monkeypatch.setattr(devices, "devices", lambda: [devices.Device("Fake0", "", 10**10, 10**10)])
+    found = []
+    for name in CACHE_TYPES:
+        profile = f'[profiles.p]\nn_ctx = 100000\ncache_type = "{name}"\n'
+        (home / "config.toml").write_text(f'profile = "p"\n{profile}')
+        told = re.search(r"all 3 layers \(([0-9.]+) GB\) of", diagnosis._offload().value)
+        assert told
+        found.append(float(told[1]))
+    assert found == sorted(set(found), reverse=True)
 
 
 # Completion

@@ -138,6 +138,23 @@ def test_a_cache_comes_back(model: Path) -> None:
     assert sessions.load_cache("two", model) is None
 
 
+def test_a_cache_is_of_one_type(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions.save("one", Session(TURNS))
+    sessions.save_cache("one", model, HELD, b"data", "q8_0")
+    assert sessions.load_cache("one", model, "q8_0") is not None
+    for other in ("f16", "q4_0"):
+        with pytest.raises(SessionError, match="another model, cache type or"):
+            sessions.load_cache("one", model, other)
+    with monkeypatch.context() as before:  # as it was written when there was no other type
+        origin = sessions._origin(model, "f16")
+        del origin["cache_type"]
+        before.setattr(sessions, "_origin", lambda *_: origin)
+        sessions.save_cache("one", model, HELD, b"data")
+    assert sessions.load_cache("one", model) is not None
+    with pytest.raises(SessionError, match="cache type"):
+        sessions.load_cache("one", model, "q8_0")
+
+
 def test_a_cache_is_of_one_model_and_one_llama_cpp(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +165,7 @@ def test_a_cache_is_of_one_model_and_one_llama_cpp(
     with pytest.raises(SessionError, match="another model"):
         sessions.load_cache("one", other)
     monkeypatch.setattr("importlib.metadata.version", lambda _: "9.9")
-    with pytest.raises(SessionError, match=r"another model or llama\.cpp"):
+    with pytest.raises(SessionError, match=r"cache type or llama\.cpp"):
         sessions.load_cache("one", model)
 
 

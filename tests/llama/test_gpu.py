@@ -82,10 +82,10 @@ def next_logits(context: Context, sequence: int, token: int) -> Float32Array:
     return logits
 
 
-def near(found: Float32Array, expected: Float32Array) -> bool:
+def near(found: Float32Array, expected: Float32Array, *, most: float = NEAR) -> bool:
     worst = float(np.abs(found - expected).max())
     assert np.isfinite(found).all()
-    assert worst < NEAR, f"off by {worst}"
+    assert worst < most, f"off by {worst}"
     return True
 
 
@@ -121,6 +121,21 @@ def test_two_rows_are_what_a_cpu_makes_of_them(
 ) -> None:
     on_cpu, on_device = (two_rows(make_context(model)) for model in pair)
     assert near(on_device, on_cpu)
+
+
+@pytest.mark.parametrize(("cache_type", "most"), [("q8_0", 4 * NEAR), ("q4_0", 12 * NEAR)])
+def test_so_are_those_of_smaller_caches(
+    tiny: Tiny, make_context: MakeContext, cache_type: str, most: float
+) -> None:
+    path = tiny("llama")
+    with (
+        Model(path, n_gpu_layers=0, cache_type=cache_type) as on_cpu,
+        Model(path, cache_type=cache_type) as on_device,
+    ):
+        contexts = make_context(on_device), make_context(on_cpu)
+        assert near(*(two_rows(context) for context in contexts), most=most)
+        for context in contexts:  # before the models
+            context.close()
 
 
 @pytest.mark.parametrize("n_layers", [1, 2])

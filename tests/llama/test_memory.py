@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tiny_models
 from fixture_types import Load, MakeContext, Tiny
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from amulet_gguf.engine import drafts
 from amulet_gguf.errors import EngineError
 from amulet_gguf.llama import memory
 from amulet_gguf.llama.available import available_bytes
+from amulet_gguf.llama.cache import CACHE_TYPES
 from amulet_gguf.llama.context import Context
 from amulet_gguf.llama.gguf import Header
 from amulet_gguf.llama.memory import Estimate, cache_bytes, check_fits, compute_bytes, estimate
@@ -40,23 +42,21 @@ def logged(caplog: pytest.LogCaptureFixture, kinds: str) -> float:
 # What llama.cpp takes
 
 
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
 @pytest.mark.parametrize(("n_ctx", "n_sequences"), [(256, 1), (2048, 1), (4096, 3)])
 def test_caches_are_told_exactly_and_working_space_closely(
-    any_model: Model,
-    make_context: MakeContext,
-    caplog: pytest.LogCaptureFixture,
-    n_ctx: int,
-    n_sequences: int,
+    any_model: Model, caplog: pytest.LogCaptureFixture, n_ctx: int, n_sequences: int, cache_type: str
 ) -> None:
-    caplog.set_level(logging.DEBUG, "amulet_gguf.llama.model")
-    make_context(any_model, n_sequences, n_ctx=n_ctx)
-    text = caplog.text
-    cache = cache_bytes(any_model.header, n_ctx, n_sequences) / MIB
+    with Model(any_model.path, cache_type=cache_type) as model:
+        caplog.set_level(logging.DEBUG, "amulet_gguf.llama.model")
+        with Context(model, n_ctx=n_ctx, n_sequences=n_sequences):
+            text = caplog.text
+    cache = cache_bytes(model.header, n_ctx, n_sequences, cache_type) / MIB
     assert cache == pytest.approx(logged(caplog, "KV|RS"), abs=0.02)  # they are told in hundredths
     caplog.handler.stream.write(text)
     taken = logged(caplog, "compute|output")
-    assert taken * 0.9 - 0.1 < compute_bytes(any_model.header, n_ctx, n_sequences) / MIB
-    assert compute_bytes(any_model.header, n_ctx, n_sequences) / MIB < taken * 1.1 + 1
+    work = compute_bytes(model.header, n_ctx, n_sequences, cache_type=cache_type) / MIB
+    assert taken * 0.9 - 0.1 < work < taken * 1.1 + 1
 
 
 @pytest.mark.parametrize("kind", [2, 7, 15], ids=["Q4_0", "Q8_0", "Q4_K_M"])
@@ -141,12 +141,31 @@ def test_what_cannot_fit_names_what_would(tiny: Tiny, load: Load) -> None:
         pass
 
 
+def test_a_smaller_cache_is_named_where_it_would_do(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cure(path: Path, available: int) -> str:
+        with pytest.raises(EngineError) as caught:
+            check_fits(path, 4096, 2, available=available)
+        return str(caught.value)
+
+    path = tiny("llama")
+    smaller = estimate(path, 4096, 2, cache_type="q8_0").needed
+    assert cure(path, smaller).endswith(", or with --cache-type q8_0")
+    assert "cache-type" not in cure(path, smaller - 1)
+    check_fits(path, 4096, 2, cache_type="q8_0", available=smaller)
+    monkeypatch.setitem(tiny_models.SIZES, "h", 16)  # heads that are no whole blocks
+    path = tiny_models.build("llama", tmp_path / "small-heads.gguf")
+    assert "cache-type" not in cure(path, needed(path, 4096, 2) - 1)
+
+
 def test_sixteen_million_tokens_are_refused_before_the_model_is_loaded(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 24 * 10**9)
     monkeypatch.setattr(amulet, "Model", None)
-    with pytest.raises(EngineError, match=r"it would fit with --n-ctx \d{7,8}\Z") as caught:
+    cure = r"with --n-ctx \d{7,8}, or with --cache-type q8_0\Z"
+    with pytest.raises(EngineError, match=cure) as caught:
         Amulet.load(tiny("llama"), n_ctx=2**24)
     assert "\n" not in str(caught.value)
 

@@ -398,6 +398,11 @@ def test_show_tells_what_the_file_says(home: Path, tiny: Tiny) -> None:
     assert record["bytes"] == path.stat().st_size
     memory = record["memory"]
     assert memory["without_preference"] < memory["one_preference"] < memory["two_preferences"]
+    smaller = json.loads(run("show", "m", "--json", "-c", "512", "--cache-type", "q8_0").stdout)[
+        "memory"
+    ]
+    assert smaller["one_preference"] < memory["one_preference"]
+    assert (memory["cache_type"], smaller["cache_type"]) == ("f16", "q8_0")
     assert set(record["strength"]) == {"strength", "fade", "fade_to"}
     assert "with two" in run("show", "m").stdout
     assert run("show", "m", "--template").exit_code == 0
