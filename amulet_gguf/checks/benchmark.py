@@ -229,7 +229,8 @@ class _Steps:
         return _time(self._engine.step)
 
     def thought(self) -> float:
-        if self._thought.is_finished:
+        if self._thought.is_finished or self._thought.thought_limit == 0:  # it came to an end
+            self._thinking.cancel(self._thought)
             self._thought = self._begin(self._thinking, _THINKS)
         return _time(self._thinking.step)
 
