@@ -30,7 +30,7 @@ _MAX_ROWS: Final = 16
 #: Of 1, 2, 4, 8 and 16 rows, as a CPU of two cores had them with 0.5 and 1.5 billion parameters.
 _TYPICAL: Final = (1.0, 1.75, 2.45, 4.2, 6.3)
 _MEMORY_OF_TIMES: Final = 0.98  # of what steps took, per step
-_GAIN_OF_CHANGE: Final = 0.1
+_GAIN: Final = 0.2  # of what the last steps took
 _MAX_POWER: Final = 4.0  # beyond it, a step was slow by chance
 _DOUBT: Final = 0.01  # that a machine differs: as a variance of log times
 
@@ -39,8 +39,8 @@ class RowTimes:
     """What steps of 1 to 16 rows take, relative to each other: learned from the steps that are made.
 
     Machines differ: a GPU gives rows away, a CPU hardly does. A power of what a CPU takes is fitted to
-    the logarithms of times, the last ones counting most, with a prior that the power is 1. But a GPU
-    takes long where a step has other rows than the one before: its graph is made anew.
+    the logarithms of times, the last ones counting most, with a prior that the power is 1. But a GPU's
+    graph is made anew for other rows, and captured at the step after: who goes back to fewer pays that.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,10 @@ class RowTimes:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self._power = 1.0
         self._last = 0  # rows of the last step; 0: there was none
-        self._change = 0.0  # seconds, of late, that a step took longer after one of other rows
+        self._n_same = 0  # steps since that had so many,
+        self._is_back = False  # after steps of more
+        self._back = [0.0, 0.0]  # seconds, of late, that the first two of those took longer
+        self._usual, self._usual_rows = 0.0, 0  # seconds, of late, of those that follow
 
     def __getitem__(self, rows: int) -> float:
         return float(np.exp(self._power * self._log_typical[rows - 1]))
@@ -60,23 +63,26 @@ class RowTimes:
         one = math.exp(self._y - self._power * self._x)
         return seconds / one if self._weight else 0.0
 
-    def changes(self, rows: int, rows_before: int) -> float:
-        """Return what changes take, in steps of one row, if a step has so many rows instead of those of
-        the steps before guesses, to which the next one goes back."""
-        n = (rows != (self._last or rows)) + (rows != rows_before)
-        return n * self.relative(max(0.0, self._change))
+    def way_back(self, rows: int, rows_without: int) -> float:
+        """Return what going back to steps without guesses takes, in steps of one row, if there are
+        guesses in this one or were in the last."""
+        is_away = rows != rows_without or self._last > rows_without
+        return is_away * self.relative(sum(max(0.0, seconds) for seconds in self._back))
 
     def told(self, rows: int, seconds: float) -> None:
         """Learn what a step of so many rows took; of more than 16 nothing is learned."""
-        last, self._last = self._last, rows
+        if rows != self._last:
+            self._n_same, self._is_back, self._last = 0, rows < self._last, rows
+        n_same, self._n_same = self._n_same, self._n_same + 1
         if not 1 <= rows <= _MAX_ROWS or seconds <= 0:
             return
         x = float(self._log_typical[rows - 1])
-        if self._weight and rows != last:
-            if rows < last:  # back from guesses: what they took themselves may not be known yet
-                excess = seconds - math.exp(self._y + self._power * (x - self._x))
-                self._change += _GAIN_OF_CHANGE * (excess - self._change)
-            seconds = max(seconds - max(0.0, self._change), seconds / 4)
+        if n_same >= len(self._back):
+            usual = self._usual if rows == self._usual_rows else seconds
+            self._usual, self._usual_rows = usual + _GAIN * (seconds - usual), rows
+        elif self._is_back and rows == self._usual_rows:
+            self._back[n_same] += _GAIN * (seconds - self._usual - self._back[n_same])
+            seconds = max(seconds - max(0.0, self._back[n_same]), seconds / 4)
         y = math.log(seconds)
         gain = 1 / (1 + _MEMORY_OF_TIMES * self._weight)
         self._weight = 1 + _MEMORY_OF_TIMES * self._weight
@@ -197,7 +203,7 @@ def best_size(accepted: float, step: Step, seconds_each: float = 0.0) -> int:
     def rate(k: int) -> float:
         tokens = sum(accepted**i for i in range(k + 1))
         rows = step.rows + k * step.rows_each
-        return tokens / (step.times[rows] + step.times.changes(rows, step.rows) + k * each)
+        return tokens / (step.times[rows] + step.times.way_back(rows, step.rows) + k * each)
 
     return max(range(most + 1), key=rate)
 
