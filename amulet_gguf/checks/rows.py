@@ -20,6 +20,7 @@ from amulet_gguf.settings import Settings
 Progress = Callable[[float, float], None]
 
 _ROWS: Final = (1, 2, 4, 8, 16, 32)
+_SETTLING: Final = 3  # steps of other rows after which a GPU has its graph ready
 _DEPTH: Final = 64  # tokens in each sequence when a measured step begins
 _N_CTX: Final = 256
 _TOKENS: Final = 150
@@ -87,6 +88,7 @@ class _Rows:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._is_offloaded = context.model.share_on_gpu > 0
         random = np.random.default_rng(0)
         self._tokens = random.integers(0, context.model.n_vocab, _DEPTH).astype(np.int32)
         self._begin()
@@ -100,15 +102,12 @@ class _Rows:
         self.time(1, 1)  # the data move with it
 
     def time(self, n_rows: int, n_sequences: int) -> float:
-        """Return the seconds of a step of so many rows in so many sequences, as many in each.
-
-        It is the second of its kind: a GPU's graph is made anew at the first.
-        """
-        each = n_rows // n_sequences
-        if self._context.length(0) + 2 * each > self._context.n_ctx:
+        """Return the seconds of a step of so many rows in so many sequences, as many in each."""
+        each, n_steps = n_rows // n_sequences, 1 + _SETTLING * self._is_offloaded
+        if self._context.length(0) + n_steps * each > self._context.n_ctx:
             self._begin()
         seconds = 0.0
-        for _ in range(2):
+        for _ in range(n_steps):
             for sequence in range(n_sequences):
                 self._context.add(sequence, self._tokens[:each], output=True, n_outputs=each)
             begin = time.perf_counter()

@@ -175,12 +175,26 @@ def test_copies_cuts_and_what_was_saved_go_on_alike(on_device: Model, make_conte
     assert near(next_logits(elsewhere, 1, 5), expected)  # among fewer sequences
 
 
-def test_an_answer_is_the_cpus(real_model: Path) -> None:
-    def answer(n_gpu_layers: int | None) -> str:
-        with Amulet.load(real_model, n_ctx=256, n_gpu_layers=n_gpu_layers) as amulet:
-            return amulet.generate(PROMPT, prefer="concise", strength=1.5, max_tokens=8).text
+def test_real_weights_give_the_same_best_tokens_but_for_near_ties(
+    real_model: Path, make_context: MakeContext
+) -> None:
+    """A GPU rounds what it multiplies with quantized weights otherwise than a CPU: on an H100 logits are
+    off by a tenth of their spread, and what is best there is within 0.5 of the best on the CPU."""
+    with Model(real_model, n_gpu_layers=0) as on_cpu, Model(real_model) as on_device:
+        contexts = [make_context(model) for model in (on_cpu, on_device)]
+        cpu, device = (two_rows(context, 6) for context in contexts)
+        for context in contexts:
+            context.close()
+    assert np.sqrt(((device - cpu) ** 2).mean()) < 0.2 * cpu.std(axis=-1).mean()
+    best = np.take_along_axis(cpu, device.argmax(axis=-1)[..., None], axis=-1)
+    assert (cpu.max(axis=-1, keepdims=True) - best).max() < 1
 
-    assert answer(None) == answer(0) != ""
+
+def test_an_answer_is_aligned(real_model: Path) -> None:
+    with Amulet.load(real_model, n_ctx=256) as amulet:
+        answer = amulet.generate(PROMPT, prefer="concise", strength=1.5, max_tokens=8)
+    assert answer.usage.completion_tokens == 8
+    assert answer.text.isprintable()
 
 
 @pytest.fixture(scope="module")
