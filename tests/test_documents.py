@@ -182,7 +182,8 @@ def test_the_commands_of_llm_run(tmp_path: Path) -> None:
 @pytest.mark.model
 def test_the_first_answer_shown_is_the_first_answer_given() -> None:
     text = README.read_text("utf-8")
-    (shown,) = re.findall(r"Real output of the first one:\n\n```\n(.*?)```", text, re.DOTALL)
+    assert "The answer is the one at S = 1 above." in text
+    (shown,) = re.findall(r"^\| 1 \| (.*) \|$", text, re.MULTILINE)
     command = [sys.executable, "-m", "amulet_gguf", "generate", "How do I ask for a raise?"]
     done = subprocess.run(
         [*command, "--prefer", "uplifting", "-n", "60"], capture_output=True, text=True, check=True
