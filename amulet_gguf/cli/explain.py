@@ -76,19 +76,21 @@ def explain(
             "This model is asked by ordinary prompting unless you say otherwise: --strength 3 realigns.",
             err=True,
         )
+    failure = None
     if html:
+        page = explained.page(text, describe(turn.settings), name, turn.pieces)
         try:
-            write_atomically(
-                Path(html), explained.page(text, describe(turn.settings), name, turn.pieces)
-            )
+            write_atomically(Path(html), page)
+            echo(f"written: {html}", err=True)
         except OSError as error:
-            raise click.ClickException(f"{html} cannot be written: {error.strerror}") from None
-        echo(f"written: {html}", err=True)
+            failure = f"{html} cannot be written: {error.strerror}"
     if as_json:
         record = {"prompt": text, "text": turn.text, "model": name, **explained.as_record(turn.pieces)}
         echo_json(record)
-    elif not html:
+    elif failure or not html:
         show(Screen(), turn.pieces)
+    if failure:
+        raise click.ClickException(failure)
 
 
 def show(console: Console, pieces: Sequence[Piece]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pyte
 import pytest
 from click.testing import CliRunner, Result
+from fixture_types import Tiny
 
 from amulet_gguf import __version__
 from amulet_gguf.batch.records import read_records
@@ -47,6 +48,15 @@ def test_help_names_the_commands_and_version_is_the_packages() -> None:
     for command in ("generate", "compare", "bench"):
         assert re.search(rf"^  {command} ", text, re.MULTILINE)
     assert __version__ in run("--version").output
+
+
+def test_an_answer_whose_page_cannot_be_written_is_shown(tiny: Tiny, tmp_path: Path) -> None:
+    page = str(tmp_path / "nowhere" / "page.html")
+    asked = ("explain", "hi", "-p", "concise", "-n", "3", "-m", str(tiny("llama")), "--trust-model")
+    failed, shown = run(*asked, "--html", page), run(*asked)
+    assert failed.exit_code == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"Error: {page} cannot be written")
+    assert failed.stdout == shown.stdout != ""
 
 
 @pytest.mark.parametrize(
