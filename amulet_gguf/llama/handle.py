@@ -69,8 +69,7 @@ class Handle(ctypes.c_void_p):
             free: frees it; None: it belongs to what it needs.
             needs: is freed later.
         """
-        global _is_used
-        _is_used = True
+        note_use()
         super().__init__(pointer)
         in_use.add(self)
         # The finalizer holds what is needed: a cycle of garbage is finalized in any order.
@@ -78,6 +77,12 @@ class Handle(ctypes.c_void_p):
         finalizer.atexit = False
 
     __hash__ = object.__hash__  # ctypes takes it away
+
+
+def note_use() -> None:
+    """Have processes that are forked from now on refused: llama.cpp, or a driver of its, runs here."""
+    global _is_used
+    _is_used = True
 
 
 def _free(

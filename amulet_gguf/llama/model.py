@@ -24,7 +24,7 @@ import numpy as np
 from amulet_gguf.errors import EngineError, ModelFormatError, NoRoomError, SettingError
 from amulet_gguf.llama.cache import check_cache_type
 from amulet_gguf.llama.gguf import Header, check_magic, read_model, shown
-from amulet_gguf.llama.handle import Handle, Owner, check_process, in_use
+from amulet_gguf.llama.handle import Handle, Owner, check_process, in_use, note_use
 from amulet_gguf.llama.rpc import add_servers, has_device, parse_servers
 from amulet_gguf.method.arrays import Tokens
 
@@ -83,9 +83,11 @@ def _set_up() -> None:
 def can_offload() -> bool:
     """Tell whether llama.cpp can run layers elsewhere than on the CPU of this machine."""
     _set_up()  # devices are looked for at the first question, and talk
-    if lib.llama_supports_rpc():  # llama.cpp itself takes that for a device, even without any server
-        return has_device()
-    return bool(lib.llama_supports_gpu_offload())
+    # llama.cpp itself takes RPC for a device, even without any server.
+    found = has_device() if lib.llama_supports_rpc() else bool(lib.llama_supports_gpu_offload())
+    if found:
+        note_use()  # a driver runs by now, and does not survive a fork
+    return found
 
 
 class Model(Owner):

@@ -171,6 +171,29 @@ print("whole")
     assert printed == "whole"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.parametrize("has_device", [False, True])
+def test_who_looked_for_devices_and_found_some_cannot_be_forked(tiny: Tiny, has_device: bool) -> None:
+    printed = run(
+        f"""
+from amulet_gguf.llama import model
+model.lib.llama_supports_rpc = lambda: False
+model.lib.llama_supports_gpu_offload = lambda: {has_device}
+assert model.can_offload() is {has_device}
+child = os.fork()
+if not child:
+    try:
+        model.Model(path, n_gpu_layers=0).close()
+    except ClosedError:
+        os._exit(1)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""",
+        tiny("llama"),
+    )
+    assert printed == str(int(has_device))
+
+
 def test_a_spawned_process_has_a_model_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
