@@ -55,6 +55,8 @@ def service(tiny: Tiny) -> Iterator[Service]:
     Gate.all.clear()
     for each in made:
         each.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)  # one that ends already takes a moment
     assert set(threading.enumerate()) == before
 
 
