@@ -27,10 +27,13 @@ class Streamed(StreamingResponse):
     def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str) -> None:
         super().__init__(parts, headers=_HEADERS, media_type=media_type)
         self._parts = parts
-        self._since: float | None = None  # when the part being sent was ready
+        self._since: float | None = None  # when the part being sent was ready,
+        self._ping_since: float | None = None  # and the sign of life
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ends = (self.stream_response(send), self.listen_for_disconnect(receive), self._watch(send))
+        ends = [self.stream_response(send), self.listen_for_disconnect(receive), self._watch()]
+        if EVENTS in self.headers["content-type"]:
+            ends.append(self._show_life(send))
         tasks = [asyncio.ensure_future(end) for end in ends]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -52,12 +55,18 @@ class Streamed(StreamingResponse):
         self._since = time.monotonic()
         await send({"type": "http.response.body", "body": b""})
 
-    async def _watch(self, send: Send) -> None:
+    async def _watch(self) -> None:
         """Fail when the client has not read for too long: a timer for each part would cost more."""
         while True:
             await asyncio.sleep(_PING_SECONDS)
-            if self._since is not None and time.monotonic() - self._since > _SEND_SECONDS:
-                raise TimeoutError
-            if self._since is None and EVENTS in self.headers["content-type"]:
-                ping = {"type": "http.response.body", "body": _PING, "more_body": True}
-                await asyncio.wait_for(send(ping), _SEND_SECONDS)
+            for since in (self._since, self._ping_since):
+                if since is not None and time.monotonic() - since > _SEND_SECONDS:
+                    raise TimeoutError
+
+    async def _show_life(self, send: Send) -> None:
+        while True:
+            await asyncio.sleep(_PING_SECONDS)
+            if self._since is None:  # sent here and now: another task would come after the last part
+                self._ping_since = time.monotonic()
+                await send({"type": "http.response.body", "body": _PING, "more_body": True})
+                self._ping_since = None

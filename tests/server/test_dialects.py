@@ -663,6 +663,29 @@ def test_streams_of_events_show_signs_of_life(kind: str, monkeypatch: pytest.Mon
     assert sent[-2:] == [b"{}", b""]
 
 
+@pytest.mark.parametrize("n_waits", range(6))
+def test_nothing_follows_the_end_of_a_stream(n_waits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign of life may be on its way at any moment at which a stream ends."""
+    monkeypatch.setattr(streaming, "_PING_SECONDS", 0)
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body"))
+
+    async def nothing() -> Any:
+        await asyncio.sleep(60)
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        for _ in range(n_waits):
+            await asyncio.sleep(0)
+        yield b"{}"
+
+    answer = streaming.Streamed(parts(), streaming.EVENTS)({"type": "http"}, nothing, send)
+    asyncio.run(asyncio.wait_for(answer, 10))
+    assert sent[-1] == b""
+    assert sent.count(b"{}") == 1
+
+
 def test_a_server_that_is_closed_says_so_in_every_dialect(tiny: Tiny) -> None:
     with serving(tiny("llama")) as running, httpx.Client(base_url=running.url) as http:
         running.service.close()
