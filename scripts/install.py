@@ -118,6 +118,23 @@ class Progress:
             self._stream.write("\n")
 
 
+class LastLine:
+    """Shows the last line that a command wrote: on a terminal, and nowhere else."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+
+    def read(self, line: str) -> None:
+        if self._stream.isatty() and line.strip():
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r\x1b[K{line.strip()[:width]}")
+            self._stream.flush()
+
+    def close(self) -> None:
+        if self._stream.isatty():
+            self._stream.write("\r\x1b[K")
+
+
 def _left(seconds: float) -> str:
     return ", less than a minute left" if seconds < 60 else f", about {round(seconds / 60)} min left"
 
@@ -262,7 +279,11 @@ def install(extra: str) -> None:
         else [*PIP, "install", "--progress-bar=off"]
     )
     log = Path(sys.prefix, "install.log")
-    run([*pip, *wheels, "-e", f"{ROOT}[{extra}]"], sys.stderr.write, log)
+    shown = LastLine()
+    try:
+        run([*pip, *wheels, "-e", f"{ROOT}[{extra}]"], shown.read, log)
+    finally:
+        shown.close()
 
 
 def main() -> int:

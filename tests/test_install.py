@@ -78,6 +78,19 @@ def test_what_ninja_looks_for_and_builds_in_between_is_no_progress(install: Any)
     ]
 
 
+def test_of_what_pip_says_the_last_line_is_shown_on_a_terminal_alone(install: Any) -> None:
+    for stream, expected in ((Terminal(), 3), (io.StringIO(), 0)):
+        last = install.LastLine(stream)
+        for line in ("Collecting numpy\n", "\n", f"Downloading {'x' * 999}\n"):
+            last.read(line)
+        last.close()
+        shown = stream.getvalue()
+        assert shown.count("\r\x1b[K") == expected
+        assert "\n" not in shown
+        assert len(shown) < 300
+        assert shown.endswith("\r\x1b[K" if expected else "")
+
+
 @pytest.mark.parametrize(
     ("log", "matters", "cure"),
     [
