@@ -20,7 +20,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-import amulet_gguf
 from amulet_gguf.errors import PromptError, TemplateLimitError
 from amulet_gguf.system.child import can_start_children, frozen_command
 from amulet_gguf.system.platforms import after_fork, apart
@@ -175,10 +174,11 @@ def _start() -> subprocess.Popen[bytes]:
     """Start the process; Python has the standard library and Jinja, hardly more: it takes 50 ms."""
     command = frozen_command("rendering")
     if command is None:
+        here = Path(__file__)
         origins = [getattr(find_spec(name), "origin", "") for name in ("jinja2", "markupsafe")]
-        packages = [str(Path(origin).parents[1]) for origin in (*origins, amulet_gguf.__file__)]
-        program = str(Path(__file__).with_name("rendering.py"))
-        command = [sys.executable, "-I", "-S", "-c", _START, program, *packages]
+        places = [here.parents[2], *(Path(origin).parents[1] for origin in origins)]
+        program = here.with_name("rendering.py")
+        command = [sys.executable, "-I", "-S", "-c", _START, *map(str, (program, *places))]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
