@@ -67,6 +67,8 @@ class Preference:
         name = text.lower()
         if name in PRESETS:
             text = PRESETS[name]
+        elif "," in name and all(part.strip() in PRESETS for part in name.split(",")):
+            raise _refused(f"{text!r} names several preferences: give each by itself")
         elif len(name.split()) == 1 and (
             near := difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.75)
         ):

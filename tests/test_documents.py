@@ -182,7 +182,7 @@ def test_the_commands_of_llm_run(tmp_path: Path) -> None:
 @pytest.mark.model
 def test_the_first_answer_shown_is_the_first_answer_given() -> None:
     text = README.read_text("utf-8")
-    assert "The answer is the one at S = 1 above." in text
+    assert "answers as above at S = 1" in text
     (shown,) = re.findall(r"^\| 1 \| (.*) \|$", text, re.MULTILINE)
     command = [sys.executable, "-m", "amulet_gguf", "generate", "How do I ask for a raise?"]
     done = subprocess.run(

@@ -18,7 +18,7 @@ from amulet_gguf.errors import AmuletError, ConfigError, ModelError
 from amulet_gguf.home import paths as home
 from amulet_gguf.llama.available import available_bytes
 
-_REBUILD: Final = "pip install --no-cache-dir --force-reinstall llama-cpp-python"
+_REBUILD: Final = "pip install --no-cache-dir --force-reinstall llama-cpp-python=={}"
 _TOLERANCE: Final = 2e-5  # of log-probabilities in float32, against the game in float64
 _SECONDS: Final = 3.0  # of decoding, for the speed
 
@@ -73,6 +73,10 @@ def _versions() -> Check:
     return Check("versions", "ok", ", ".join([*versions, python]))
 
 
+def _rebuild() -> str:
+    return _REBUILD.format(metadata.version("llama-cpp-python"))
+
+
 def _processor() -> Check:
     from amulet_gguf.llama.model import lib
 
@@ -81,7 +85,7 @@ def _processor() -> Check:
     features = [each for each in features if each]
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64") and "AVX2" not in features:
-        cure = f"build it for this machine: {_REBUILD}"
+        cure = f"build it for this machine: {_rebuild()}"
         return Check("processor", "warning", f"without AVX2: {', '.join(features)}", cure)
     return Check("processor", "ok", ", ".join(features))
 
@@ -102,7 +106,7 @@ def _offload() -> Check:
             fits = offload(path, how.n_ctx, 2, found, how.n_batch, how.cache_type)
             value += f": {fits} of {path.name} go there"
         return Check("offload", "ok", value)
-    cure = f"with a GPU: CMAKE_ARGS=-DGGML_CUDA=on {_REBUILD} (or GGML_METAL, GGML_VULKAN)"
+    cure = f"with a GPU: CMAKE_ARGS=-DGGML_CUDA=on {_rebuild()} (or GGML_METAL, GGML_VULKAN)"
     return Check("offload", "warning", "llama.cpp was built for the CPU alone", cure)
 
 

@@ -29,6 +29,16 @@ class _SettingFailure(click.ClickException):
     exit_code = 2  # as for all mistakes on the command line
 
 
+def _as_typed(group: click.Group, ctx: click.Context, error: SettingError) -> str:
+    """Return a message that names the option, where it begins with the setting that stands for it."""
+    command = group.commands.get(ctx.invoked_subcommand or "")
+    message = str(error)
+    for parameter in command.params if command is not None else ():
+        if parameter.name == error.field and message.startswith(f"{error.field} "):
+            return max(parameter.opts, key=len) + message.removeprefix(parameter.name)
+    return message
+
+
 class _Group(click.Group):
     """Ends every failure with one line on stderr and an exit code, as click does its own."""
 
@@ -43,7 +53,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SettingError as error:
-            raise _SettingFailure(on_one_line(str(error))) from None
+            raise _SettingFailure(on_one_line(_as_typed(self, ctx, error))) from None
         except AmuletError as error:
             raise click.ClickException(on_one_line(str(error))) from None
         except MemoryError:

@@ -245,6 +245,8 @@ def _run(
         f"tokens/s, {at_once}",
         err=True,
     )
+    if n_errors and n_errors == n_done:
+        raise SystemExit(1)
 
 
 class _Progress:

@@ -24,7 +24,7 @@ from amulet_gguf.cli.terminal import echo, echo_json
 if TYPE_CHECKING:
     from amulet_gguf.stream import Stream
 
-_NEXT = "next: amulet chat --prefer concise, or a larger model: amulet models pull"
+_NEXT = "next: amulet chat --prefer concise, or a larger model: amulet models pull qwen2.5-0.5b"
 
 
 @click.command()

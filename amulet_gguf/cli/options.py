@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from amulet_gguf.cli.terminal import read_stdin
+from amulet_gguf.cli.terminal import echo, read_stdin
 from amulet_gguf.declaration import SEVERAL, Setting
 from amulet_gguf.errors import SettingError
 from amulet_gguf.home.files import read_file
@@ -21,6 +21,7 @@ from amulet_gguf.home.text import decoded
 from amulet_gguf.llama.loading import LOADING, Loading
 from amulet_gguf.preferences import PRESETS
 from amulet_gguf.settings import SETTINGS, Settings
+from amulet_gguf.system.platforms import has_unread
 
 if TYPE_CHECKING:
     from amulet_gguf.amulet import Amulet
@@ -210,6 +211,10 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     parts = [] if prompt is None else [prompt]
     if file is not None:
         parts.append(_read_text(file).strip("\n"))
+    else:
+        with contextlib.suppress(OSError, ValueError):  # there is no stdin
+            if has_unread(sys.stdin.fileno()):
+                echo("stdin is not read beside a prompt: -f - takes both", err=True)
     text = "\n\n".join(parts)
     if not text.strip():
         raise click.UsageError("the prompt is empty: say what to write about")

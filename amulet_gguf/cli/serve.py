@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from typing import Any
 
@@ -143,7 +144,7 @@ def serve(
         from amulet_gguf.server.starting import Starting
     except ModuleNotFoundError as error:
         raise click.ClickException(
-            f"{error.name} is missing: pip install 'amulet-gguf[server]'"
+            f"{error.name} is missing: {sys.executable} -m pip install 'amulet-gguf[server]'"
         ) from None
     from amulet_gguf.cli.bar import LateBar
     from amulet_gguf.home.config import load_config

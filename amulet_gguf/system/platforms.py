@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,17 @@ def wait_for_parent() -> Callable[[], None]:
 
 
 # Streams
+
+
+def has_unread(descriptor: int) -> bool:
+    """Tell whether something in a pipe waits to be read; no, where that cannot be told."""
+    if WINDOWS or not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        return False
+    import fcntl
+    import termios
+
+    n_bytes = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
+    return any(n_bytes)
 
 
 def wait_for_end(descriptor: int) -> None:

@@ -50,6 +50,23 @@ def test_help_names_the_commands_and_version_is_the_packages() -> None:
     assert __version__ in run("--version").output
 
 
+def test_what_is_piped_beside_a_prompt_is_not_lost_in_silence(tiny: Tiny) -> None:
+    asked = ("generate", "Sum up:", "-n", "2", "-m", str(tiny("llama")), "--trust-model")
+    alone, piped, both = (
+        amulet(*asked),
+        amulet(*asked, stdin=b"text"),
+        amulet(*asked, "-f", "-", stdin=b"a"),
+    )
+    assert b"stdin" not in alone.stderr
+    assert piped.stderr.startswith(b"stdin is not read beside a prompt: -f - takes both")
+    assert piped.stdout == alone.stdout
+    assert b"stdin" not in both.stderr
+
+
+def test_a_message_names_the_option_that_was_typed() -> None:
+    assert "Error: --max-tokens must be" in run("generate", "hi", "-n", "0").stderr
+
+
 def test_an_answer_whose_page_cannot_be_written_is_shown(tiny: Tiny, tmp_path: Path) -> None:
     page = str(tmp_path / "nowhere" / "page.html")
     asked = ("explain", "hi", "-p", "concise", "-n", "3", "-m", str(tiny("llama")), "--trust-model")
@@ -83,7 +100,7 @@ def test_an_answer_whose_page_cannot_be_written_is_shown(tiny: Tiny, tmp_path: P
         (["compare", "hi"], "--prefer"),
         (["bench", "--rounds", "0"], "3<=x<=1000"),
         *(
-            (["generate", "hi", option, value], option[2:].replace("-", "_") + " must be")
+            (["generate", "hi", option, value], f"{option} must be")
             for option in (
                 [
                     "--strength",
@@ -97,7 +114,7 @@ def test_an_answer_whose_page_cannot_be_written_is_shown(tiny: Tiny, tmp_path: P
             for value in ("nan", "inf", "1e300", "-1e9")
         ),
         *(
-            (["generate", "hi", option, value], option[2:].replace("-", "_") + " must be")
+            (["generate", "hi", option, value], f"{option} must be")
             for option in ["--max-tokens", "--top-k", "--repeat-last-n", "--seed"]
             for value in ("-1", "9" * 40)
         ),
@@ -117,10 +134,10 @@ def test_misuse_is_one_line_on_stderr_and_exit_code_2(arguments: list[str], comp
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["-c", "0"], "n_ctx must be"),
-        (["-c", "99999999999"], "n_ctx must be"),
-        (["-t", "0"], "n_threads must be"),
-        (["--n-gpu-layers", "-7"], "n_gpu_layers must be"),
+        (["-c", "0"], "--n-ctx must be"),
+        (["-c", "99999999999"], "--n-ctx must be"),
+        (["-t", "0"], "--n-threads must be"),
+        (["--n-gpu-layers", "-7"], "--n-gpu-layers must be"),
     ],
 )
 def test_impossible_loads_are_misuse_too(arguments: list[str], complaint: str) -> None:

@@ -556,8 +556,9 @@ def test_a_strength_changes_while_text_streams(server: Running, http: httpx.Clie
 
 
 def test_a_full_queue_says_when_to_come_back(tiny: Tiny) -> None:
-    with serving(tiny("llama"), n_sequences=2, max_waiting=1) as running:
-        asked = {**ASKED, "max_tokens": 450, "prefer": "concise", "strength": 6, "stream": True}
+    with serving(tiny("llama"), n_ctx=16384, n_sequences=2, max_waiting=1) as running:
+        asked = {**ASKED, "max_tokens": 16000, "prefer": "concise", "strength": 6, "stream": True}
+        asked["min_tokens"] = 16000
         with httpx.stream("POST", running.url + CHAT, json=asked, timeout=30) as first:
             lines = first.iter_lines()
             next(lines)

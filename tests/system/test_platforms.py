@@ -44,7 +44,7 @@ if SYSTEM == "win32":
         delattr(os, name)
     for name in ("SIGHUP", "SIGALRM", "alarm", "pthread_sigmask"):
         delattr(signal, name)
-    for name in ("termios", "resource"):
+    for name in ("fcntl", "termios", "resource"):
         sys.modules[name] = None
     signal.SIGBREAK = signal.SIGUSR1
     subprocess.CREATE_NO_WINDOW = 0x08000000
@@ -75,7 +75,7 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         for each in ("O_NONBLOCK", "O_DIRECTORY", "register_at_fork", "set_blocking", "getppid"):
             monkeypatch.delattr(os, each)
         monkeypatch.delattr(signal, "SIGHUP")
-        for each in ("termios", "resource"):
+        for each in ("fcntl", "termios", "resource"):
             monkeypatch.setitem(sys.modules, each, None)
         monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
         monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
@@ -223,6 +223,22 @@ def test_the_end_of_a_pipe_is_waited_for(system: str) -> None:
     thread.join(10)
     assert not thread.is_alive()
     os.close(end)
+
+
+def test_what_waits_in_a_pipe_is_seen(system: str, tmp_path: Path) -> None:
+    end, other = os.pipe()
+    assert not platforms.has_unread(end)
+    os.write(other, b"x")
+    if system != "win32":
+        assert platforms.has_unread(end)
+    os.read(end, 1)
+    os.close(other)
+    assert not platforms.has_unread(end)  # though it can be read to its end
+    os.close(end)
+    with open(tmp_path / "file", "wb+") as file:
+        file.write(b"x")
+        file.seek(0)
+        assert not platforms.has_unread(file.fileno())
 
 
 def test_a_terminal_keeps_keys_where_it_has_that_mode(monkeypatch: pytest.MonkeyPatch) -> None:
