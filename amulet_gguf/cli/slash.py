@@ -13,6 +13,7 @@ from amulet_gguf.cli.options import IDLE_AVOID
 from amulet_gguf.conversation import sessions
 from amulet_gguf.declaration import SEVERAL, find
 from amulet_gguf.errors import AmuletError, SettingError
+from amulet_gguf.home.text import shortened
 from amulet_gguf.preferences import PRESETS, Preference, as_preferences, parse_preferences
 from amulet_gguf.settings import SETTINGS, describe
 
@@ -152,10 +153,7 @@ def _show(chat: Chat, _text: str) -> None:
     chat.tell(f"system: {settings.system or 'as the model has it'}")
     others = [f"{name} {getattr(settings, name)}" for name in SETTINGS if name not in _SHOWN_ELSEWHERE]
     chat.tell(", ".join(others))
-    chat.tell(
-        f"{len(chat.conversation.messages) // 2} turns, {chat.n_tokens:,} of "
-        f"{chat.conversation.amulet.engine.n_ctx:,} tokens"
-    )
+    chat.tell(f"{chat.turns}, {chat.n_tokens:,} of {chat.conversation.amulet.engine.n_ctx:,} tokens")
 
 
 def _system(chat: Chat, text: str) -> None:
@@ -193,7 +191,7 @@ def _undo(chat: Chat, _text: str) -> None:
     if said is None:
         raise SettingError("there is no turn to take back")
     chat.autosave()
-    chat.tell(f"taken back: {said if len(said) < 60 else said[:59] + '…'}")
+    chat.tell(f"taken back: {shortened(said)}")
 
 
 def _save(chat: Chat, text: str) -> None:
@@ -202,9 +200,7 @@ def _save(chat: Chat, text: str) -> None:
         raise SettingError("/save NAME, or /save NAME cache to resume a long conversation at once")
     if name != chat.name and sessions.session_path(name).exists():
         raise SettingError(f"there is a session {name!r} already: choose another name, or remove it")
-    chat.name = name
-    path = chat.save()
-    chat.tell(f"saved: {path}")
+    chat.tell(f"saved: {chat.save_as(name)}")
     if more:
         cached = chat.conversation.save_cache()
         if cached is None:
@@ -232,7 +228,7 @@ def _drop(chat: Chat, text: str) -> None:
         raise SettingError(f"/drop N: N must be a number of turns, got {text[:40]!r}")
     before = chat.name
     chat.forget(int(text or 1))
-    chat.tell(f"{len(chat.conversation.messages) // 2} turns are left; {before} has all of them")
+    chat.tell(f"{chat.turns} left; {before} has all of them")
 
 
 def _help(chat: Chat, _text: str) -> None:

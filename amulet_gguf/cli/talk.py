@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from amulet_gguf.cli.terminal import echo
 from amulet_gguf.conversation import sessions
 from amulet_gguf.errors import AmuletError, PromptTooLongError, SettingError
+from amulet_gguf.home.text import shortened
 from amulet_gguf.settings import describe
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Chat:
             raise SettingError(f"{about}. /drop {n} forgets the oldest turns; or use a larger --n-ctx")
         self.tell(f"{about}.")
         try:
-            reply = self.ask(f"Forget the oldest {n} of {turns} turns? [y/N] ")
+            reply = self.ask(f"Forget the oldest {n} of {self.turns}? [y/N] ")
         except (KeyboardInterrupt, EOFError):
             reply = "no"
         if reply.strip().lower() not in ("y", "yes"):
@@ -232,7 +233,7 @@ class Chat:
         from amulet_gguf.cli.explain import show
 
         if not self.conversation.pieces:
-            raise SettingError("there is no answer to explain yet")
+            raise SettingError("nothing was written yet that could be explained")
         show(self._console, self.conversation.pieces)
 
     def save(self) -> Any:
@@ -242,6 +243,25 @@ class Chat:
         return sessions.save(
             self.name, sessions.Session(conversation.messages, conversation.settings, model)
         )
+
+    def save_as(self, name: str) -> Any:
+        """Save the conversation under another name; one that it had by itself goes."""
+        before, self.name = self.name, name
+        try:
+            path = self.save()
+        except AmuletError:
+            self.name = before
+            raise
+        if before != name and sessions.is_new_name(before):
+            with contextlib.suppress(AmuletError):  # nothing was saved under it
+                sessions.remove(before)
+        return path
+
+    @property
+    def turns(self) -> str:
+        """How many there are, in words."""
+        n = len(self.conversation.messages) // 2
+        return f"{n} turn{'s' if n != 1 else ''}"
 
     def autosave(self) -> None:
         """Save what was said; a full disk must not end the conversation."""
@@ -276,4 +296,5 @@ class Chat:
                 )
         except AmuletError as error:
             self.tell(f"[{error}; the conversation will be read again]")
-        self.tell(f"{name}: {len(session.messages) // 2} turns")
+        last = next((each["content"] for each in session.messages[::-1] if each["role"] == "user"), "")
+        self.tell(f"{name}: {self.turns}" + (f", the last: {shortened(last)}" if last else ""))

@@ -105,6 +105,11 @@ def new_name() -> str:
     return datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")[:-3]
 
 
+def is_new_name(name: str) -> bool:
+    """Tell whether nobody chose a name, but `new_name` made it."""
+    return re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-\d{3}", name, re.ASCII) is not None
+
+
 def save(name: str, session: Session) -> Path:
     """Write a session, replacing one of the same name as a whole.
 

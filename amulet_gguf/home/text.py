@@ -8,6 +8,7 @@ import codecs
 _MARKS_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
 _DIRECTIONS = (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_MAX_SHOWN = 60  # characters
 _SURROGATES = range(0xD800, 0xE000)
 _OBEYED = dict.fromkeys({*_CONTROLS, *_DIRECTIONS, *_SURROGATES} - {*map(ord, "\n\t")}, "\ufffd")
 
@@ -44,3 +45,9 @@ def printable(text: str) -> str:
 def on_one_line(text: str) -> str:
     """Return a text that is one line, and `printable`."""
     return printable(" ".join(text.split()))
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text `on_one_line`, with a mark where the rest is missing."""
+    line = on_one_line(text)
+    return line if len(line) <= _MAX_SHOWN else f"{line[: _MAX_SHOWN - 1]}…"

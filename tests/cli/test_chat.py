@@ -88,7 +88,7 @@ def test_a_conversation_at_a_terminal(start: Start) -> None:
     terminal.until(r"temperature = 0\.5")
     terminal.ready()
     terminal.say("/show")
-    terminal.until("1 turns")
+    terminal.until("1 turn")
     terminal.ready()
     terminal.say("/regen")
     terminal.until(lambda text: text.count("stopped at 12 tokens") >= 2)
@@ -119,7 +119,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(start: Start) -> None:
     terminal.n_prompts += 1
     terminal.ready()
     terminal.say("/show")
-    terminal.until("1 turns")
+    terminal.until("1 turn")
     terminal.ready()
     terminal.say("/exit")
     assert terminal.end() == 0
@@ -175,7 +175,7 @@ def test_a_full_context_is_asked_about_and_nothing_is_cut(start: Start) -> None:
     terminal.say(long)
     terminal.ready()
     terminal.say(long)
-    terminal.until(r"Forget the oldest 1 of 1 turns\? \[y/N\]")
+    terminal.until(r"Forget the oldest 1 of 1 turn\? \[y/N\]")
     terminal.press("n\r")
     terminal.until("nothing was forgotten")
     terminal.say("")  # the message waits to be sent again
@@ -249,7 +249,7 @@ def test_conversations_do_not_take_each_others_names() -> None:
     done = pipe("Hi\n/save one\n/clear\nHo\n/clear\nHu\n/save one\n", "-n", "2")
     assert "a session 'one' already" in done.stderr
     said = [sessions.load(name).messages[0]["content"] for name in sessions.names()]
-    assert sorted(said) == ["Hi", "Hi", "Ho", "Hu"]
+    assert sorted(said) == ["Hi", "Ho", "Hu"]
 
 
 def test_forgotten_turns_stay_in_the_session_before() -> None:
@@ -264,7 +264,7 @@ def test_an_answer_that_cannot_be_written_again_is_kept() -> None:
     long = "The people of the old house by the sea were learning to read. " * 12
     done = pipe(f"{long}\n/set system {long * 3}\n/regen\n/show\n", "-n", "4", "-c", "256")
     assert "the prompt has" in done.stderr
-    assert "1 turns" in done.stderr
+    assert "1 turn" in done.stderr
 
 
 def test_a_damaged_cache_is_not_used(home: Path) -> None:
@@ -381,13 +381,13 @@ def test_a_question_that_is_left_is_answered_with_no(
     terminal.until("stopped at 100 tokens")
     terminal.ready()
     terminal.say("two " * 20)
-    terminal.until(r"Forget the oldest 1 of 1 turns\? \[y/N\]")
+    terminal.until(r"Forget the oldest 1 of 1 turn\? \[y/N\]")
     terminal.press(key)
     terminal.until("nothing was forgotten")
     terminal.until(r"> (two ){5}[^>]*\Z")  # it comes back, to be sent again
     terminal.press("\x03")
     terminal.say("/show")
-    terminal.until("1 turns")
+    terminal.until("1 turn")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -442,5 +442,5 @@ def test_names_numbers_and_bytes_that_cannot_be_are_told_and_the_chat_goes_on(
     assert told.count("Error: ") == 6
     assert max(map(len, told.splitlines())) < 600
     assert "a line of stdin is not text in UTF-8" in told
-    assert "1 turns" in told
+    assert "1 turn" in told
     assert {"good", "é" * 100} <= set(sessions.names())

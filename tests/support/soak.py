@@ -229,7 +229,7 @@ class _Chat:
 
     def _wait(self) -> None:
         """Wait for the prompt. Where the context is full, the oldest turns go."""
-        question, prompt = r"turns\? \[y/N\] *\n.*\s*\Z", r"^> *\n+.* of [\d,]+ tokens\s*\Z"
+        question, prompt = r"turns?\? \[y/N\] *\n.*\s*\Z", r"^> *\n+.* of [\d,]+ tokens\s*\Z"
         while True:
             self._terminal.until_screen(f"{question}|{prompt}", 120)
             if not self._terminal.shows(question):
