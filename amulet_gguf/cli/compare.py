@@ -16,7 +16,7 @@ from amulet_gguf.cli.options import (
     settings_from,
     settings_options,
 )
-from amulet_gguf.cli.terminal import echo_json
+from amulet_gguf.cli.terminal import echo, echo_json
 from amulet_gguf.methods import four
 
 
@@ -56,6 +56,11 @@ def compare(
 
             with Columns(Screen(), strengths(compared)) as columns:
                 amulet.compare(text, compared, columns.add)
+            if compared["amulet"].strength == 1:
+                echo(
+                    "At strength 1 amulet is prompting but for rounding: --strength 3 realigns.",
+                    err=True,
+                )
     if as_json:
         record = {
             name: {

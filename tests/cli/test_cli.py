@@ -67,6 +67,12 @@ def test_a_message_names_the_option_that_was_typed() -> None:
     assert "Error: --max-tokens must be" in run("generate", "hi", "-n", "0").stderr
 
 
+def test_who_compares_prompting_with_itself_is_told(tiny: Tiny) -> None:
+    asked = ("compare", "hi", "-p", "concise", "-n", "2", "-m", str(tiny("llama")), "--trust-model")
+    assert "--strength 3 realigns" in run(*asked, "--strength", "1").stderr
+    assert "realigns" not in run(*asked, "--strength", "3").stderr
+
+
 def test_an_answer_whose_page_cannot_be_written_is_shown(tiny: Tiny, tmp_path: Path) -> None:
     page = str(tmp_path / "nowhere" / "page.html")
     asked = ("explain", "hi", "-p", "concise", "-n", "3", "-m", str(tiny("llama")), "--trust-model")
