@@ -137,11 +137,12 @@ def batch(
             if dry_run:
                 _show(records, todo, size)
                 return
+            has_failed = False
             if not todo:
                 echo(f"all {len(records)} records are done already", err=True)
             elif address is not None:
                 loaded.close()  # its memory belongs to the workers
-                _run(
+                has_failed = _run(
                     journal,
                     len(todo),
                     f"{size.parallel} at a time per worker",
@@ -157,7 +158,7 @@ def batch(
                 )
             else:
                 with Amulet.of(loaded, loading, size.n_sequences) as amulet:
-                    _run(
+                    has_failed = _run(
                         journal,
                         len(todo),
                         f"{size.parallel} at a time",
@@ -168,6 +169,8 @@ def batch(
                     )
             if order == "input":
                 journal.sort()
+    if has_failed:
+        raise SystemExit(1)
 
 
 def _size(model: Model, records: Sequence[Record], parallel: int | None, n_ctx: int | None) -> BatchSize:
@@ -202,8 +205,9 @@ def _run(
     total: int,
     at_once: str,
     answer: Callable[[Callable[[int], None]], Generator[tuple[Record, dict[str, Any]], None, None]],
-) -> None:
-    """Take results into the journal as they come, with progress and a summary on stderr.
+) -> bool:
+    """Take results into the journal as they come, with progress and a summary on stderr; tell whether
+    all of them are failures.
 
     Args:
         total: results to come.
@@ -245,8 +249,7 @@ def _run(
         f"tokens/s, {at_once}",
         err=True,
     )
-    if n_errors and n_errors == n_done:
-        raise SystemExit(1)
+    return 0 < n_errors == n_done
 
 
 class _Progress:

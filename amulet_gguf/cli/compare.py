@@ -56,7 +56,8 @@ def compare(
 
             with Columns(Screen(), strengths(compared)) as columns:
                 amulet.compare(text, compared, columns.add)
-            if compared["amulet"].strength == 1:
+            resolved = compared["amulet"]
+            if resolved.strength == 1 and (not resolved.fade or resolved.fade_to == 1):
                 echo(
                     "At strength 1 amulet is prompting but for rounding: --strength 3 realigns.",
                     err=True,

@@ -252,7 +252,7 @@ class Chat:
         except AmuletError:
             self.name = before
             raise
-        if before != name and sessions.is_new_name(before):
+        if before != name and self.conversation.messages and sessions.is_new_name(before):
             with contextlib.suppress(AmuletError):  # nothing was saved under it
                 sessions.remove(before)
         return path

@@ -31,6 +31,8 @@ _MAX_ROWS: Final = 16
 _TYPICAL: Final = (1.0, 1.75, 2.45, 4.2, 6.3)
 _MEMORY_OF_TIMES: Final = 0.98  # of what steps took, per step
 _GAIN: Final = 0.2  # of what the last steps took
+_MAX_LONGER: Final = 8.0  # times what a step takes usually
+_FORGETTING: Final = 0.999  # of what going back takes, per step without
 _MAX_POWER: Final = 4.0  # beyond it, a step was slow by chance
 _DOUBT: Final = 0.01  # that a machine differs: as a variance of log times
 
@@ -80,8 +82,10 @@ class RowTimes:
         if n_same >= len(self._back):
             usual = self._usual if rows == self._usual_rows else seconds
             self._usual, self._usual_rows = usual + _GAIN * (seconds - usual), rows
+            self._back = [_FORGETTING * longer for longer in self._back]
         elif self._is_back and rows == self._usual_rows:
-            self._back[n_same] += _GAIN * (seconds - self._usual - self._back[n_same])
+            longer = min(seconds - self._usual, _MAX_LONGER * self._usual)  # or chance slowed it down
+            self._back[n_same] += _GAIN * (longer - self._back[n_same])
             seconds = max(seconds - max(0.0, self._back[n_same]), seconds / 4)
         y = math.log(seconds)
         gain = 1 / (1 + _MEMORY_OF_TIMES * self._weight)

@@ -18,7 +18,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from amulet_gguf.system.platforms import ENDING, heeded, wait_for_end, wait_for_parent
+from amulet_gguf.system.platforms import heeded, wait_for_end, wait_for_parent
 
 if TYPE_CHECKING:
     import uvicorn
@@ -66,7 +66,7 @@ class Ending:
         """End the server when a signal asks for it; a second one ends the process at once."""
         self._server = server
         server.should_exit = self._is_begun
-        for number in (signal.SIGINT, *heeded(*ENDING)):
+        for number in (signal.SIGINT, signal.SIGTERM, *heeded("SIGHUP", "SIGBREAK")):
             self._before[number] = signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -88,7 +88,7 @@ def test_a_conversation_at_a_terminal(start: Start) -> None:
     terminal.until(r"temperature = 0\.5")
     terminal.ready()
     terminal.say("/show")
-    terminal.until("1 turn")
+    terminal.until(r"\b1 turn\b")
     terminal.ready()
     terminal.say("/regen")
     terminal.until(lambda text: text.count("stopped at 12 tokens") >= 2)
@@ -119,7 +119,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(start: Start) -> None:
     terminal.n_prompts += 1
     terminal.ready()
     terminal.say("/show")
-    terminal.until("1 turn")
+    terminal.until(r"\b1 turn\b")
     terminal.ready()
     terminal.say("/exit")
     assert terminal.end() == 0
@@ -264,7 +264,7 @@ def test_an_answer_that_cannot_be_written_again_is_kept() -> None:
     long = "The people of the old house by the sea were learning to read. " * 12
     done = pipe(f"{long}\n/set system {long * 3}\n/regen\n/show\n", "-n", "4", "-c", "256")
     assert "the prompt has" in done.stderr
-    assert "1 turn" in done.stderr
+    assert "1 turn," in done.stderr
 
 
 def test_a_damaged_cache_is_not_used(home: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_question_that_is_left_is_answered_with_no(
     terminal.until(r"> (two ){5}[^>]*\Z")  # it comes back, to be sent again
     terminal.press("\x03")
     terminal.say("/show")
-    terminal.until("1 turn")
+    terminal.until(r"\b1 turn\b")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -192,9 +192,13 @@ def test_real_weights_give_the_same_best_tokens_but_for_near_ties(
 
 def test_an_answer_is_aligned(real_model: Path) -> None:
     with Amulet.load(real_model, n_ctx=256) as amulet:
-        answer = amulet.generate(PROMPT, prefer="concise", strength=1.5, max_tokens=8)
-    assert answer.usage.completion_tokens == 8
-    assert answer.text.isprintable()
+        answers = [
+            amulet.generate(PROMPT, prefer="concise", strength=strength, max_tokens=12)
+            for strength in (1, 5)
+        ]
+    assert answers[0].text != answers[1].text
+    assert not any(piece.changed for piece in answers[0].pieces)
+    assert any(piece.changed for piece in answers[1].pieces)
 
 
 @pytest.fixture(scope="module")
