@@ -87,7 +87,7 @@ def test_nobody_else_asks_for_the_system() -> None:
         r"sys\.platform|os\.name\b|hasattr\((os|signal|subprocess)\b|getattr\((os|signal|subprocess)\b"
         r"|^\s*(import|from) (fcntl|grp|msvcrt|pty|pwd|resource|termios|tty|winreg)\b"
         r"|os\.(O_(?!WRONLY|RDONLY)|fork|getppid|getuid|kill|mkfifo|register_at_fork|sched_|set_blocking|setsid)"
-        r"|signal\.(SIG(?!INT\b|_)[A-Z]|alarm|setitimer|pthread)|windll|CREATE_NO_WINDOW|start_new_session",
+        r"|signal\.(SIG(?!INT\b|TERM\b|_)[A-Z]|alarm|setitimer|pthread)|windll|CREATE_NO_WINDOW|start_new_session",
         re.MULTILINE,
     )
     found = {
