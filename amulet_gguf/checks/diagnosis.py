@@ -18,7 +18,6 @@ from amulet_gguf.errors import AmuletError, ConfigError, ModelError
 from amulet_gguf.home import paths as home
 from amulet_gguf.llama.available import available_bytes
 
-_REBUILD: Final = "pip install --no-cache-dir --force-reinstall llama-cpp-python=={}"
 _TOLERANCE: Final = 2e-5  # of log-probabilities in float32, against the game in float64
 _SECONDS: Final = 3.0  # of decoding, for the speed
 
@@ -74,7 +73,9 @@ def _versions() -> Check:
 
 
 def _rebuild() -> str:
-    return _REBUILD.format(metadata.version("llama-cpp-python"))
+    """Return how llama.cpp is compiled anew, in the version that is here."""
+    release = metadata.version("llama-cpp-python")
+    return f"pip install --no-cache-dir --force-reinstall llama-cpp-python=={release}"
 
 
 def _processor() -> Check:
